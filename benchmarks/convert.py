@@ -37,7 +37,7 @@ SHAPE = {
     "tie_embeddings": True,
 }
 SHARD_BYTES = 2 * 10**9
-PHASES = ("copy", "import", "export", "load")
+PHASES = ("copy", "import", "export", "check", "load")
 # An export needs what was imported.
 ORDERS = (("copy", "import", "export"), ("import", "export", "copy"), ("import", "copy", "export"))
 
@@ -73,6 +73,7 @@ def run_phase(phase: str, directory: Path) -> dict[str, Any]:
             shutil.copyfile(path, copied / path.name)
         return {"seconds": time.perf_counter() - began}
 
+    from prosparse_jax.interop.commands import check_models
     from prosparse_jax.interop.hf_reader import SafetensorsDirectory
     from prosparse_jax.interop.huggingface import export, import_directory
     from prosparse_jax.interop.sources import open_source
@@ -85,7 +86,9 @@ def run_phase(phase: str, directory: Path) -> dict[str, Any]:
     jax.devices()
     before = _peak_memory()
     began = time.perf_counter()
-    if phase == "load":
+    if phase == "check":
+        check_models(imported, exported, text=None, sequences=2, length=32, tolerance=None)
+    elif phase == "load":
         _load_sharded(SafetensorsDirectory(hf))
     elif phase == "import":
         import_directory(SafetensorsDirectory(hf), imported, say=lambda text: None)
@@ -135,7 +138,7 @@ def measure(directory: Path, rounds: int) -> dict[str, Any]:
     for number in range(rounds):
         for name in ("copied", "imported", "exported"):
             shutil.rmtree(directory / name, ignore_errors=True)
-        for phase in (*ORDERS[number % len(ORDERS)], "load"):
+        for phase in (*ORDERS[number % len(ORDERS)], "check", "load"):
             os.sync()
             command = [sys.executable, __file__, "--phase", phase, "--directory", str(directory)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -151,7 +154,7 @@ def measure(directory: Path, rounds: int) -> dict[str, Any]:
         "largest_shard_bytes": max(sizes),
         "rounds": results,
         "median_seconds": seconds,
-        "speed_relative_to_copy": {phase: seconds["copy"] / seconds[phase] for phase in PHASES[1:]},
+        "speed_relative_to_copy": {phase: seconds["copy"] / seconds[phase] for phase in ("import", "export", "load")},
         # Above the process with its libraries; for "load", above the arrays that it returns too.
         "peak_extra_bytes": extra,
         "export_is_bit_exact": same_weights(directory),

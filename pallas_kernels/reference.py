@@ -1,5 +1,8 @@
 """The gated FFN in plain XLA: dense, and with the rows of inactive neurons left out. Any device, batch and float dtype."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -22,8 +25,8 @@ def dense_ffn(
         gate_FD, up_FD, down_FD: One row per neuron.
         threshold: t; a neuron is active where its gate product, rounded to x's dtype, is >= t and > 0.
     """
-    gate_FB = activated(_products(x_BD, gate_FD), threshold, x_BD.dtype)
-    x1_FB = gate_FB * _products(x_BD, up_FD)
+    gate_FB = activated(matrix_products(x_BD, gate_FD), threshold, x_BD.dtype)
+    x1_FB = gate_FB * matrix_products(x_BD, up_FD)
     return jnp.einsum("fb,fd->bd", x1_FB.astype(x_BD.dtype), down_FD, preferred_element_type=jnp.float32)
 
 
@@ -38,23 +41,44 @@ def gathered_ffn(
 
     Their numbers are packed to the front, and a loop, as long as there are active ones, takes a few dozen at a time.
     """
-    gate_FB = activated(_products(x_BD, gate_FD), threshold, x_BD.dtype)
-    rows_F, count = _packed(jnp.any(gate_FB > 0, axis=1))
+    gate_FB = activated(gate_products(x_BD, gate_FD), threshold, x_BD.dtype)
 
-    def take(index: Int[Array, ""], sum_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        places = index * GATHERED_ROWS + jnp.arange(GATHERED_ROWS)
-        # The last iteration reaches beyond the active neurons; what it reads there must be a row that is read anyway.
-        rows = jnp.where(places < count, jnp.take(rows_F, places, mode="clip"), rows_F[0])
-        gate_RB = jnp.where((places < count)[:, None], gate_FB[rows], 0)
-        x1_RB = gate_RB * _products(x_BD, up_FD[rows])
-        return sum_BD + jnp.einsum(
-            "rb,rd->bd", x1_RB.astype(x_BD.dtype), down_FD[rows], preferred_element_type=jnp.float32
-        )
+    def take(rows_R: Int[Array, "R"], valid_R: Bool[Array, "R"], sum_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        return sum_BD + _down_rows(_up_rows(x_BD, gate_FB, up_FD, rows_R, valid_R), down_FD, rows_R, x_BD.dtype)
 
-    iterations = lax.div(count + GATHERED_ROWS - 1, GATHERED_ROWS)
-    # Made from the count: under shard_map it is each device's own, and so the sum that starts here has to be.
-    zeros_BD = jnp.broadcast_to((0 * count).astype(jnp.float32), x_BD.shape)
-    return lax.fori_loop(0, iterations, take, zeros_BD)
+    return _over_active(jnp.any(gate_FB > 0, axis=1), take, x_BD.shape)
+
+
+def gathered_gate_up(
+    x_BD: Float[Array, "B D"], gate_FB: Float[Array, "F B"], up_FD: Float[Array, "F D"], threshold: Float[Array, ""]
+) -> Float[Array, "F B"]:
+    """Step 2 alone, as `gate_up.gate_up`: x1 = FATReLU(gate) * x up^T from gate products, in float32."""
+    active_FB = activated(gate_FB, threshold, x_BD.dtype)
+    neurons = up_FD.shape[0]
+
+    def take(rows_R: Int[Array, "R"], valid_R: Bool[Array, "R"], x1_FB: Float[Array, "F B"]) -> Float[Array, "F B"]:
+        x1_RB = _up_rows(x_BD, active_FB, up_FD, rows_R, valid_R)
+        return x1_FB.at[jnp.where(valid_R, rows_R, neurons)].set(x1_RB, mode="drop")
+
+    return _over_active(jnp.any(active_FB > 0, axis=1), take, gate_FB.shape)
+
+
+def gathered_down(x1_FB: Float[Array, "F B"], down_FD: Float[Array, "F D"]) -> Float[Array, "B D"]:
+    """Step 3 alone, as `down.down`: x1^T down in float32, reading rows of neurons with a non-zero x1."""
+
+    def take(rows_R: Int[Array, "R"], valid_R: Bool[Array, "R"], sum_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        return sum_BD + _down_rows(jnp.where(valid_R[:, None], x1_FB[rows_R], 0), down_FD, rows_R, down_FD.dtype)
+
+    return _over_active(jnp.any(x1_FB != 0, axis=1), take, (x1_FB.shape[1], down_FD.shape[1]))
+
+
+def gate_products(x_BD: Float[Array, "B D"], gate_FD: Float[Array, "F D"]) -> Float[Array, "F B"]:
+    """Step 1: x gate^T, neurons first, in float32."""
+    if x_BD.shape[0] > 1:
+        return matrix_products(x_BD, gate_FD)
+    # On a CPU, XLA's product of a matrix and one token widens the whole matrix first if that is half precision: seven
+    # times slower than widening, multiplying and adding up in one pass.
+    return lax.platform_dependent(x_BD, gate_FD, cpu=_row_sums, default=matrix_products)
 
 
 def activated(gate: Float[Array, "..."], threshold: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, "..."]:
@@ -63,9 +87,50 @@ def activated(gate: Float[Array, "..."], threshold: Float[Array, ""], dtype: jnp
     return jnp.where((rounded >= threshold.astype(dtype)) & (rounded > 0), rounded, 0).astype(jnp.float32)
 
 
-def _products(x_BD: Float[Array, "B D"], matrix_FD: Float[Array, "F D"]) -> Float[Array, "F B"]:
+def matrix_products(x_BD: Float[Array, "B D"], matrix_FD: Float[Array, "F D"]) -> Float[Array, "F B"]:
+    """x matrix^T, neurons first, in float32."""
     # The matrix comes first: the other way round, XLA's CPU compiler is many times slower.
     return jnp.einsum("fd,bd->fb", matrix_FD, x_BD, preferred_element_type=jnp.float32)
+
+
+def _row_sums(x_BD: Float[Array, "1 D"], matrix_FD: Float[Array, "F D"]) -> Float[Array, "F 1"]:
+    return jnp.sum(matrix_FD.astype(jnp.float32) * x_BD.astype(jnp.float32), axis=1, keepdims=True)
+
+
+def _up_rows(
+    x_BD: Float[Array, "B D"],
+    gate_FB: Float[Array, "F B"],
+    up_FD: Float[Array, "F D"],
+    rows_R: Int[Array, "R"],
+    valid_R: Bool[Array, "R"],
+) -> Float[Array, "R B"]:
+    """x1 of some neurons, 0 where not valid."""
+    return jnp.where(valid_R[:, None], gate_FB[rows_R], 0) * matrix_products(x_BD, up_FD[rows_R])
+
+
+def _down_rows(
+    x1_RB: Float[Array, "R B"], down_FD: Float[Array, "F D"], rows_R: Int[Array, "R"], dtype: jnp.dtype
+) -> Float[Array, "B D"]:
+    """What some neurons add to the output."""
+    return jnp.einsum("rb,rd->bd", x1_RB.astype(dtype), down_FD[rows_R], preferred_element_type=jnp.float32)
+
+
+def _over_active(
+    active_F: Bool[Array, "F"], take: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], shape: tuple[int, ...]
+) -> jax.Array:
+    """Folds `take(rows, valid, result)` over the active neurons, `GATHERED_ROWS` at a time, from float32 zeros."""
+    rows_F, count = _packed(active_F)
+
+    def take_rows(index: Int[Array, ""], result: jax.Array) -> jax.Array:
+        places_R = index * GATHERED_ROWS + jnp.arange(GATHERED_ROWS)
+        # The last iteration reaches beyond the active neurons; what it reads there must be a row that is read anyway.
+        rows_R = jnp.where(places_R < count, jnp.take(rows_F, places_R, mode="clip"), rows_F[0])
+        return take(rows_R, places_R < count, result)
+
+    iterations = lax.div(count + GATHERED_ROWS - 1, GATHERED_ROWS)
+    # Made from the count: under shard_map it is each device's own, and so what starts here has to be.
+    zeros = jnp.broadcast_to((0 * count).astype(jnp.float32), shape)
+    return lax.fori_loop(0, iterations, take_rows, zeros)
 
 
 def _packed(active_F: Bool[Array, "F"]) -> tuple[Int[Array, "F"], Int[Array, ""]]:

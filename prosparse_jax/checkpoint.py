@@ -34,6 +34,8 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 """What Orbax appends to the name of a directory that it has not finished."""
 _METADATA_BYTES = 1 << 20
 """Generous room for what Orbax writes besides arrays, config and assets."""
+TABLE_CHUNK_BYTES = 64 * 2**20
+"""Of an embedding table or head."""
 _SLOWEST_SAVE_SECONDS = 6 * 3600
 _DELETION_ATTEMPTS = 20
 _ROOM_FIX = "Free space there, lower checkpoint.keep, or choose another run_directory."
@@ -68,13 +70,16 @@ class _Files:
 
 
 def _layer_by_layer(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
-    """Stacked matrices are stored in chunks of one layer, so that a conversion can read one without the others."""
-    if getattr(value, "ndim", 0) != 3:
+    """Stacked matrices are stored in chunks of one layer, and tables in blocks of rows, so that a conversion can read one
+    without the others."""
+    if getattr(value, "ndim", 0) not in (2, 3):
         return None
     shard = value.sharding.shard_shape(value.shape)
-    return ocp.options.ArrayOptions.Saving.StorageOptions(
-        chunk_byte_size=max(1, math.prod(shard[1:]) * value.dtype.itemsize), shard_axes=(0,)
-    )
+    shard_bytes = math.prod(shard) * value.dtype.itemsize
+    if value.ndim == 2 and shard_bytes <= TABLE_CHUNK_BYTES:
+        return None
+    chunk_bytes = shard_bytes // shard[0] if value.ndim == 3 else TABLE_CHUNK_BYTES
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=max(1, chunk_bytes), shard_axes=(0,))
 
 
 @functools.cache

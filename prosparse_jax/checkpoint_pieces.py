@@ -97,7 +97,11 @@ def new_checkpoint(
 
 
 def _create(directory: Path, name: str, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
-    chunk = (1, *shape[1:]) if name.startswith(LAYER_PREFIX) else shape
+    if name.startswith(LAYER_PREFIX):
+        chunk = (1, *shape[1:])
+    else:
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        chunk = (min(shape[0], max(1, checkpoint.TABLE_CHUNK_BYTES // row_bytes)), *shape[1:])
     metadata = {
         "shape": shape,
         "data_type": dtype.name,

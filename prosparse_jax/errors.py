@@ -62,7 +62,8 @@ def _run_reporting_errors(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in _STORAGE_ERRNOS:
             raise
-        print(f"error: nothing more can be written: {error}. Make room, then continue with --resume", file=sys.stderr)
+        fix = "Make room and run it again (training: with --resume)"
+        print(f"error: nothing more can be written: {error}. {fix}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

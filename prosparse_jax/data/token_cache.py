@@ -53,7 +53,7 @@ class TokenFiles:
 def prepare_tokens(data: DataConfig, tokenizer: TextTokenizer, *, progress: Progress | None = None) -> TokenFiles:
     """Tokenises the corpus, or finds the files of an earlier run over the same text with the same tokenizer.
 
-    A document is stored as [BOS] text [EOS]; with one token for both, as text [EOS]. Memory does not grow with the
+    A document is stored as text [EOS], after BOS where the tokenizer puts it. Memory does not grow with the
     corpus.
 
     Args:

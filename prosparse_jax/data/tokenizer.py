@@ -92,8 +92,9 @@ def tokenizer_from_files(files: Mapping[str, bytes], source: str) -> TextTokeniz
     """
     if TOKENIZER_FILE not in files:
         raise DataError(
-            f"{source} has no {TOKENIZER_FILE}. If it has a tokenizer of another kind, such as tokenizer.model, write the "
-            "missing file with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{source} has no {TOKENIZER_FILE}. If it has a tokenizer.model, take the {TOKENIZER_FILE} and "
+            "tokenizer_config.json of the same model from where it was published; transformers can write them from "
+            "tokenizer.model too, but without tokenizer_config.json beside it they encode differently"
         )
     try:
         backend = tokenizers.Tokenizer.from_str(files[TOKENIZER_FILE].decode())

@@ -19,8 +19,8 @@ from prosparse_jax.errors import CheckpointError, ConfigError
 from prosparse_jax.evaluation.validation import run_validation
 from prosparse_jax.interop.conversion import write_checkpoint
 from prosparse_jax.interop.sources import CheckpointSource
-from prosparse_jax.interop.weights import load_sharded
-from prosparse_jax.observe.files import write_json_atomic
+from prosparse_jax.interop.weights import load_sharded, total_bytes
+from prosparse_jax.observe.files import atomic_directory, write_json_atomic
 from prosparse_jax.observe.plots import plot_threshold_sweep
 from prosparse_jax.sparsity.threshold import SweepRow, choose_threshold, perplexity_rise
 from prosparse_jax.training.run_directory import CHECKPOINTS
@@ -146,10 +146,12 @@ def write_shifted(shift: ThresholdShift, directory: Path) -> None:
         model=dataclasses.replace(shift.config.model, activation=activation),
     )
     name = shift.source.name if shift.source.name.isdecimal() else "0"
-    write_checkpoint(CheckpointSource(shift.source), directory / CHECKPOINTS / name, config)
-    write_json_atomic(directory / "config.json", config_to_dict(config))
     sweep = shift.as_dict()
-    write_json_atomic(directory / "threshold_sweep.json", sweep)
-    plot_threshold_sweep(
-        sweep["rows"], shift.chosen.threshold, shift.budget / 100, directory / "plots" / "threshold_sweep.png"
-    )
+    source = CheckpointSource(shift.source)
+    with atomic_directory(directory, needed_bytes=total_bytes(source)) as unfinished:
+        write_checkpoint(source, unfinished / CHECKPOINTS / name, config)
+        write_json_atomic(unfinished / "config.json", config_to_dict(config))
+        write_json_atomic(unfinished / "threshold_sweep.json", sweep)
+        plot_threshold_sweep(
+            sweep["rows"], shift.chosen.threshold, shift.budget / 100, unfinished / "plots" / "threshold_sweep.png"
+        )

@@ -5,8 +5,10 @@ import math
 import time
 from pathlib import Path
 
-from prosparse_jax.errors import CheckpointError, ConfigError
-from prosparse_jax.interop.compare import DEFAULT_TEXT, ROUNDED, compare, token_sequences
+import numpy as np
+
+from prosparse_jax.errors import CheckpointError, ConfigError, DataError
+from prosparse_jax.interop.compare import DEFAULT_TEXT, ROUNDED, compare, random_sequences, token_sequences
 from prosparse_jax.interop.conversion import Conversion
 from prosparse_jax.interop.hf_config import default_family
 from prosparse_jax.interop.hf_reader import SafetensorsDirectory
@@ -33,6 +35,10 @@ def import_model(source: Path, destination: Path) -> None:
     began = time.perf_counter()
     if not source.exists():
         raise FileNotFoundError(f"no such directory: {source}")
+    if (source / "checkpoints").exists() or (source / "parameters").exists():
+        raise ConfigError(
+            [f"{source} is a run or checkpoint of this project already; `export` writes it for Hugging Face"]
+        )
     opened = SafetensorsDirectory(source)
     _say(_describe(opened))
     _done("imported", import_directory(opened, destination, say=_say), destination, began)
@@ -51,7 +57,7 @@ def export_model(
 
     def verify(directory: Path) -> None:
         written = SafetensorsDirectory(directory)
-        tokens = token_sequences(opened, DEFAULT_TEXT, length=32, count=2)
+        tokens = _sequences([opened], None, length=32, count=2)
         result = compare(opened, written, tokens, tolerance=_tolerance(opened, written))
         for line in result.lines():
             _say(line)
@@ -84,14 +90,30 @@ def check_models(
     if problems:
         raise ConfigError(problems)
     one, other = open_source(first), open_source(second)
-    passage = DEFAULT_TEXT if text is None else text.read_text(encoding="utf-8", errors="replace")
-    tokens = token_sequences(one, passage, length=length, count=sequences)
+    tokens = _sequences([one, other], text, length=length, count=sequences)
     for line in _config_differences(one, other):
         _say(line)
     result = compare(one, other, tokens, tolerance=_tolerance(one, other) if tolerance is None else tolerance)
     for line in result.lines():
         _say(line)
     return result.same
+
+
+def _sequences(sources: list[WeightSource], text: Path | None, *, length: int, count: int) -> np.ndarray:
+    """Tokens of the text by the first tokenizer that can be used; without one, random ids where no text was asked for."""
+    if text is not None and not text.is_file():
+        raise FileNotFoundError(f"--text: no file {text}")
+    passage = DEFAULT_TEXT if text is None else text.read_text(encoding="utf-8", errors="replace")
+    unusable = []
+    for source in sources:
+        try:
+            return token_sequences(source, passage, length=length, count=count)
+        except (DataError, RecursionError) as error:
+            unusable.append(str(error))
+    if text is not None:
+        raise ConfigError([f"--text {text} cannot be encoded: {reason}" for reason in unusable])
+    _say("compared on random token ids: there is no tokenizer that can be used")
+    return random_sequences(sources[0], length=length, count=count)
 
 
 def _describe(source: WeightSource) -> str:

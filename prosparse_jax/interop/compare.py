@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from prosparse_jax.config import MeshConfig, ModelConfig
-from prosparse_jax.data.tokenizer import TOKENIZER_FILE, tokenizer_from_files
+from prosparse_jax.data.tokenizer import tokenizer_from_files
 from prosparse_jax.errors import ConfigError
-from prosparse_jax.interop.weights import LAYER_PREFIX, WeightSource, parameter_shapes
+from prosparse_jax.interop.weights import LAYER_PREFIX, WeightSource, parameter_shapes, row_blocks
 from prosparse_jax.model.transformer import Block, RMSNorm, RunOptions, activation_parameters, embed, unembed
 from prosparse_jax.parallel.mesh import make_mesh
 
@@ -91,20 +91,25 @@ class Comparison:
 def token_sequences(source: WeightSource, text: str, *, length: int, count: int) -> np.ndarray:
     """Token ids (B, T) of up to `count` pieces of a text, each up to `length` long; each begins as a document does.
 
-    A model without a tokenizer gets ids drawn at random with a fixed seed.
+    Raises:
+        DataError: The model has no tokenizer that can be used.
+        ConfigError: The text is empty, or has tokens that the model does not know.
     """
-    if TOKENIZER_FILE not in source.assets:
-        return np.random.default_rng(0).integers(0, source.model.vocab_size, (count, length)).astype(np.int32)
     tokenizer = tokenizer_from_files(source.assets, str(source.location))
     ids = np.asarray(tokenizer.encode_batch([text])[0], np.int32)
-    first = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
+    first = [] if tokenizer.bos_id is None or not tokenizer.begins_with_bos else [tokenizer.bos_id]
     if not ids.size:
         raise ConfigError(["the text to compare on is empty"])
-    if ids.max() >= source.model.vocab_size:
-        raise ConfigError([f"{source.location}: token {ids.max()} is beyond vocab_size={source.model.vocab_size}"])
+    if (largest := max(int(ids.max()), *first, 0)) >= source.model.vocab_size:
+        raise ConfigError([f"{source.location}: token {largest} is beyond vocab_size={source.model.vocab_size}"])
     room = min(length - len(first), ids.size)
     rows = ids[: min(ids.size // room, count) * room].reshape(-1, room)
     return np.concatenate([np.full((len(rows), len(first)), first, np.int32), rows], axis=1)
+
+
+def random_sequences(source: WeightSource, *, length: int, count: int) -> np.ndarray:
+    """Token ids (B, T) drawn evenly, with a fixed seed, for a model without a tokenizer."""
+    return np.random.default_rng(0).integers(0, source.model.vocab_size, (count, length)).astype(np.int32)
 
 
 class _Stream:
@@ -125,10 +130,20 @@ class _Stream:
             return nnx.merge(graphdef, weights)(x_BTD, mask_BT, parameter, count_neurons=False)[0]
 
         self._run_layer = run_layer
-        self.x_BTD = embed(self._read("embedding"), jnp.asarray(tokens_BT), self.model, self.options)
+        self.x_BTD = self._embed(tokens_BT)
 
-    def _read(self, name: str, layer: int | None = None) -> jax.Array:
-        return jnp.asarray(self.source.read(name, layer).astype(np.float32))
+    def _read(self, name: str, layer: int | None = None, rows: slice = slice(None)) -> jax.Array:
+        return jnp.asarray(self.source.read(name, layer, rows).astype(np.float32, copy=False))
+
+    def _embed(self, tokens_BT: np.ndarray) -> jax.Array:
+        """Embeddings of the tokens; of the table, only rows that are used stay in memory."""
+        used, places = np.unique(tokens_BT, return_inverse=True)
+        table = np.empty((used.size, self.model.d_model), np.float32)
+        for rows in row_blocks(self.source, "embedding"):
+            inside = (used >= rows.start) & (used < rows.stop)
+            if inside.any():
+                table[inside] = self.source.read("embedding", None, rows)[used[inside] - rows.start]
+        return embed(jnp.asarray(table), jnp.asarray(places.reshape(tokens_BT.shape)), self.model, self.options)
 
     def step(self, layer: int) -> Self:
         """Runs one layer."""
@@ -141,10 +156,16 @@ class _Stream:
         return self
 
     def logits(self) -> np.ndarray:
+        """(B, T, V) float32, computed for a block of the vocabulary at a time."""
         norm = RMSNorm(self.model.d_model, self.model.norm_eps)
         norm.scale = nnx.Param(self._read("norm/scale"))
-        table_VD = self._read("embedding" if self.model.tie_embeddings else "head")
-        return np.asarray(unembed(norm(self.x_BTD), table_VD, self.model, self.options), np.float64)
+        x_BTD = norm(self.x_BTD)
+        table = "embedding" if self.model.tie_embeddings else "head"
+        blocks = [
+            np.asarray(unembed(x_BTD, self._read(table, None, rows), self.model, self.options))
+            for rows in row_blocks(self.source, table)
+        ]
+        return np.concatenate(blocks, axis=-1)
 
 
 def compare(first: WeightSource, second: WeightSource, tokens_BT: np.ndarray, *, tolerance: float) -> Comparison:
@@ -156,7 +177,7 @@ def compare(first: WeightSource, second: WeightSource, tokens_BT: np.ndarray, *,
         tolerance: Largest difference of logits that counts as the same, in standard deviations of the first's logits.
 
     Raises:
-        ConfigError: The models have no layers to compare one by one.
+        ConfigError: They differ in vocabulary, width or number of layers.
     """
     shared = ("vocab_size", "d_model", "num_layers")
     differing = [name for name in shared if getattr(first.model, name) != getattr(second.model, name)]
@@ -183,20 +204,30 @@ def _relative(a: jax.Array, b: jax.Array) -> float:
 
 
 def _measure(a_BTV: np.ndarray, b_BTV: np.ndarray, streams: tuple[float, ...], tolerance: float) -> Comparison:
-    difference = np.abs(a_BTV - b_BTV)
-    log_a, log_b = _log_softmax(a_BTV), _log_softmax(b_BTV)
+    tokens = a_BTV.shape[0] * a_BTV.shape[1]
+    largest, total, divergence, agreeing = [], 0.0, 0.0, 0
+    # One token at a time: in float64 all logits of a large vocabulary would be gigabytes.
+    for a, b in zip(a_BTV.reshape(tokens, -1), b_BTV.reshape(tokens, -1), strict=True):
+        a64, b64 = a.astype(np.float64), b.astype(np.float64)
+        difference = np.abs(a64 - b64)
+        largest.append(difference.max())
+        total += difference.sum()
+        log_a, log_b = _log_softmax(a64), _log_softmax(b64)
+        divergence += np.sum(np.exp(log_a) * (log_a - log_b))
+        agreeing += int(a.argmax() == b.argmax())
     return Comparison(
-        tokens=a_BTV.shape[0] * a_BTV.shape[1],
-        max_difference=float(difference.max()),
-        mean_difference=float(difference.mean()),
-        logit_std=float(a_BTV.std()),
-        kl_divergence=float(np.mean(np.sum(np.exp(log_a) * (log_a - log_b), axis=-1))),
-        argmax_agreement=float(np.mean(a_BTV.argmax(-1) == b_BTV.argmax(-1))),
+        tokens=tokens,
+        # numpy's maximum is NaN if any is.
+        max_difference=float(np.max(largest)),
+        mean_difference=float(total / a_BTV.size),
+        logit_std=float(a_BTV.std(dtype=np.float64)),
+        kl_divergence=float(divergence / tokens),
+        argmax_agreement=agreeing / tokens,
         stream_differences=streams,
         tolerance=tolerance,
     )
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+def _log_softmax(logits_V: np.ndarray) -> np.ndarray:
+    shifted = logits_V - logits_V.max()
+    return shifted - np.log(np.sum(np.exp(shifted)))

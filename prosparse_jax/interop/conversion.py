@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,15 @@ from prosparse_jax.checkpoint_pieces import new_checkpoint
 from prosparse_jax.config import Config
 from prosparse_jax.config_io import config_to_dict
 from prosparse_jax.data.progress import DelayedProgress
-from prosparse_jax.interop.weights import Piece, WeightSource, parameter_shapes, pieces, total_bytes
+from prosparse_jax.interop.weights import (
+    Piece,
+    WeightSource,
+    count_not_finite,
+    count_parameters,
+    parameter_shapes,
+    pieces,
+    total_bytes,
+)
 
 _WORKERS = 2
 """Pieces under way at a time: one is read and converted while another is written."""
@@ -27,14 +34,6 @@ class Conversion:
     """Of weights written."""
     not_finite: dict[str, int]
     """NaN and infinite values, by name of the parameter (and layer)."""
-
-    def warnings(self) -> list[str]:
-        """What the user should know about the values."""
-        if not self.not_finite:
-            return []
-        shown = ", ".join(f"{count} in {name}" for name, count in sorted(self.not_finite.items())[:5])
-        more = ", ..." if len(self.not_finite) > 5 else ""
-        return [f"warning: {sum(self.not_finite.values())} values are NaN or infinite: {shown}{more}"]
 
 
 def write_checkpoint(source: WeightSource, destination: Path, config: Config) -> Conversion:
@@ -54,12 +53,12 @@ def write_checkpoint(source: WeightSource, destination: Path, config: Config) ->
 
         def convert(piece: Piece) -> int:
             values = source.read(*piece)
-            count_not_finite(counts, piece, values)
+            note_not_finite(counts, piece, values)
             write(*piece, values)
             return values.nbytes
 
         convert_all(f"writing {destination.name}", convert, list(pieces(source.model)), total_bytes(source))
-    return finished(source, counts, total_bytes(source))
+    return Conversion(count_parameters(source.model), total_bytes(source), counts)
 
 
 def convert_all[Item](what: str, convert: Callable[[Item], int], items: Sequence[Item], total: int) -> None:
@@ -91,17 +90,8 @@ def _bounded[Item](
     yield from (future.result() for future in concurrent.futures.as_completed(pending))
 
 
-def count_not_finite(counts: dict[str, int], piece: Piece, values: np.ndarray) -> None:
-    """Adds the number of NaN and infinite values, by their bits: all exponent bits are ones."""
-    bits = values.view(np.dtype(f"u{values.itemsize}"))
-    exponent = bits.dtype.type({"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[values.dtype.name])
-    sign = bits.dtype.type(1 << (8 * values.itemsize - 1))
-    if bits.size and np.max(bits & ~sign) >= exponent:
+def note_not_finite(counts: dict[str, int], piece: Piece, values: np.ndarray) -> None:
+    """Adds the NaN and infinite values of a piece to `counts`, if it has any."""
+    if count := count_not_finite(values):
         name, layer = piece
-        counts[name if layer is None else f"{name} (layer {layer})"] = int(np.sum((bits & ~sign) >= exponent))
-
-
-def finished(source: WeightSource, not_finite: dict[str, int], written: int) -> Conversion:
-    """What there is to say about a conversion of all of `source`."""
-    parameters = sum(math.prod(shape) for shape in parameter_shapes(source.model).values())
-    return Conversion(parameters, written, not_finite)
+        counts[name if layer is None else f"{name} (layer {layer})"] = count

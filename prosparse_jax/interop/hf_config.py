@@ -22,6 +22,8 @@ _HF_ACTIVATIONS = {"swish": "silu", "relu": "relu", "fatrelu": "fatrelu", "shift
 # Fields that change what is computed and that this decoder has no counterpart for, with the value that is harmless.
 _MUST_BE = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0, "num_experts": 0}
 _LARGEST_SIZE = 2**31 - 1
+# Of a model that was not read from a config.json: what LLaMA 2 has. Rotary positions themselves know no limit.
+_CONTEXT = 4096
 _REPR = reprlib.Repr(maxstring=80, maxother=80, maxlong=80)
 
 
@@ -60,12 +62,14 @@ class _Fields:
             return 1
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name)
         value = default if value is None else value
         number = _as_float(value)
         if not 0 < number < math.inf:
-            self.problems.append(f"{name}={_shown(value)} is not a positive number")
+            self.problems.append(
+                f"{name} is missing" if value is None else f"{name}={_shown(value)} is not a positive number"
+            )
             return 1.0
         return number
 
@@ -80,13 +84,16 @@ class _Fields:
 
 def family_of(values: Mapping[str, Any]) -> str | None:
     """llama, sparsellama or minicpm; None for any other architecture. LLaMA 1 had no model_type at first."""
-    architectures = values.get("architectures") or ["LlamaForCausalLM"]
-    named = [values.get("model_type"), *(architectures[:1] if isinstance(architectures, list) else [])]
-    for name in named:
-        text = str(name).lower().removesuffix("forcausallm") if name else ""
-        if text in FAMILIES:
-            return text
-    return None
+    model_type, architectures = values.get("model_type"), values.get("architectures")
+    if model_type is None and not architectures:
+        return "llama"
+    named = [model_type, *(architectures[:1] if isinstance(architectures, list) else [])]
+    named = [str(name).lower().removesuffix("forcausallm") for name in named if name]
+    families = {name for name in named if name in FAMILIES}
+    # SparseLlamaForCausalLM is also written with the model_type of what it derives from.
+    if families == {"llama", "sparsellama"}:
+        return "sparsellama"
+    return families.pop() if len(families) == 1 else None
 
 
 def model_from_hf(text: bytes, source: str) -> ModelConfig:
@@ -114,8 +121,9 @@ def model_from_hf(text: bytes, source: str) -> ModelConfig:
             f"this project reads {', '.join(FAMILIES)}"
         )
     fields = _Fields(values, problems)
-    problems += _unsupported(values)
-    model = _model(fields, family or "llama")
+    family = family or "llama"
+    problems += _unsupported(values, family)
+    model = _model(fields, family)
     if not problems:
         # Their messages name our fields; the values say which of theirs is meant.
         problems += config_checks.model_problems(model)
@@ -124,12 +132,18 @@ def model_from_hf(text: bytes, source: str) -> ModelConfig:
     return model
 
 
-def _unsupported(values: Mapping[str, Any]) -> list[str]:
+def _unsupported(values: Mapping[str, Any], family: str) -> list[str]:
     found = [
         f"{name}={_shown(values[name])} is not supported, only {harmless!r}: this decoder has no such parameters"
         for name, harmless in _MUST_BE.items()
         if values.get(name) not in (None, harmless)
     ]
+    if family != "minicpm":
+        found += [
+            f"{name}={_shown(values[name])} is a field of MiniCPM, but model_type or architectures says {family}"
+            for name in ("scale_emb", "scale_depth", "dim_model_base")
+            if name in values
+        ]
     if values.get("quantization_config"):
         found.append(
             "quantization_config: quantised weights cannot be trained on; take the float32, float16 or bfloat16 ones"
@@ -178,21 +192,32 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling]:
     for name, value in found.items():
         if value is not None and not isinstance(value, dict):
             fields.problems.append(f"{name}={_shown(value)} is not an object with fields")
-    settings = next((value for value in found.values() if isinstance(value, dict)), {})
-    rope = _Fields({"rope_theta": fields.values.get("rope_theta")} | settings, fields.problems)
+    given = [value for value in found.values() if isinstance(value, dict)]
+    settings = given[0] if given else {}
+    kinds = {str(value.get("rope_type", value.get("type")) or "default") for value in given if value}
+    if len(kinds) > 1:
+        fields.problems.append(f"rope_parameters and rope_scaling disagree on the kind: {_shown(sorted(kinds))}")
+    if settings.get("partial_rotary_factor") not in (None, 1.0):
+        fields.problems.append(
+            f"partial_rotary_factor={_shown(settings['partial_rotary_factor'])} is not supported, only 1.0"
+        )
+    outer = {name: fields.values.get(name) for name in ("rope_theta", "max_position_embeddings")}
+    rope = _Fields(outer | settings, fields.problems)
     theta = rope.number("rope_theta", 10000.0)
     kind = settings.get("rope_type", settings.get("type")) or "default"
     if kind == "default":
         return theta, RopeScaling()
     if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=rope.number("factor", 1.0))
+        return theta, RopeScaling(kind="linear", factor=rope.number("factor"))
     if kind == "llama3":
+        # transformers takes the context length of the config where the original one is not given.
+        fallback = "max_position_embeddings" if settings.get("original_max_position_embeddings") is None else ""
         return theta, RopeScaling(
             kind="llama3",
-            factor=rope.number("factor", 8.0),
-            low_frequency_factor=rope.number("low_freq_factor", 1.0),
-            high_frequency_factor=rope.number("high_freq_factor", 4.0),
-            original_max_positions=rope.integer("original_max_position_embeddings", 8192),
+            factor=rope.number("factor"),
+            low_frequency_factor=rope.number("low_freq_factor"),
+            high_frequency_factor=rope.number("high_freq_factor"),
+            original_max_positions=rope.integer(fallback or "original_max_position_embeddings"),
         )
     fields.problems.append(f"rope_type={_shown(kind)} is not supported; this project has default, linear and llama3")
     return theta, RopeScaling()
@@ -245,7 +270,7 @@ def hf_from_model(model: ModelConfig, family: str, original: Mapping[str, Any], 
             length, token ids, ...) are taken from it.
         dtype: Of the weights: float32, float16 or bfloat16.
     """
-    values: dict[str, Any] = {"max_position_embeddings": 4096, "initializer_range": 0.02, "use_cache": True}
+    values: dict[str, Any] = {"max_position_embeddings": _CONTEXT, "initializer_range": 0.02, "use_cache": True}
     values |= {name: value for name, value in original.items() if name not in _REPLACED}
     values |= {
         "model_type": family,
@@ -294,32 +319,42 @@ _REPLACED = {
 
 
 def unfit(model: ModelConfig, family: str) -> list[str]:
-    """Why a model cannot be written as that family; empty if it can."""
+    """Why a model cannot be written as that family, with one that can hold it; empty if it can."""
+    found = _unfit(model, family)
+    others = [each for each in FAMILIES if each != family and not _unfit(model, each)]
+    fix = f"; use --format {' or '.join(others)}" if others else "; no format holds it"
+    return [f"{reason}{fix}" for reason in found]
+
+
+def _unfit(model: ModelConfig, family: str) -> list[str]:
     found, activation = [], model.activation
-    neutral = (model.embedding_multiplier, model.residual_multiplier, model.logits_divisor) == (1.0, 1.0, 1.0)
     if model.ffn_width == 0:
         found.append("the model has no FFNs (model.ffn_width=0), and every Hugging Face LLaMA has them")
-    if family != "minicpm" and not neutral:
-        found.append(f"the model has MiniCPM's multipliers, which {family} lacks; use --format minicpm")
+    if family != "minicpm" and _has_multipliers(model):
+        found.append(f"the model has MiniCPM's multipliers, which {family} lacks")
     if family == "llama" and activation.name not in ("swish", "relu"):
         found.append(
             f"the activation is {_HF_ACTIVATIONS[activation.name]}, which LlamaForCausalLM lacks: it would load and compute "
-            "something else; use --format sparsellama (transformers) or minicpm (vLLM)"
+            "something else"
         )
     if family == "minicpm" and activation.name == "shifted_relu":
-        found.append("MiniCPM has no shifted ReLU; use --format sparsellama")
+        found.append("MiniCPM has no shifted ReLU")
     if family == "minicpm" and model.head_width * model.num_query_heads != model.d_model:
         found.append(
             f"vLLM's MiniCPM takes heads of hidden_size / num_attention_heads, and these are {model.head_width} wide"
         )
     if family == "minicpm" and isinstance(activation.parameter, tuple):
-        found.append("MiniCPM has one threshold for all layers and this model one per layer; use --format sparsellama")
+        found.append("MiniCPM has one threshold for all layers and this model one per layer")
     return found
+
+
+def _has_multipliers(model: ModelConfig) -> bool:
+    return (model.embedding_multiplier, model.residual_multiplier, model.logits_divisor) != (1.0, 1.0, 1.0)
 
 
 def default_family(model: ModelConfig) -> str:
     """The format that other programs support best among those that can hold the model."""
-    if (model.embedding_multiplier, model.residual_multiplier, model.logits_divisor) != (1.0, 1.0, 1.0):
+    if _has_multipliers(model):
         return "minicpm"
     return "llama" if model.activation.name in ("swish", "relu") else "sparsellama"
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from prosparse_jax.data.tokenizer import read_tokenizer_files
 from prosparse_jax.errors import CheckpointError
 from prosparse_jax.interop.hf_config import model_from_hf
 from prosparse_jax.interop.hf_tensors import TRANSPOSED, hf_name, hf_tensors, misfits, transposed
-from prosparse_jax.interop.weights import parameter_shapes
+from prosparse_jax.interop.weights import parameter_shapes, row_blocks
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -30,7 +31,7 @@ _LFS = b"version https://git-lfs"
 _CONVERT_BIN = """\
 python -c "
 import glob, sys, torch, safetensors.torch
-for file in glob.glob(sys.argv[1] + '/*.bin'):
+for file in glob.glob(glob.escape(sys.argv[1]) + '/pytorch_model*.bin'):
     tensors = torch.load(file, map_location='cpu', weights_only=True)
     safetensors.torch.save_file({name: t.contiguous().clone() for name, t in tensors.items()},
         file.replace('pytorch_model', 'model').replace('.bin', '.safetensors'), metadata={'format': 'pt'})
@@ -49,7 +50,8 @@ def is_hf_directory(path: Path) -> bool:
 
 
 class SafetensorsDirectory:
-    """The weights of a Hugging Face directory (a WeightSource). Opening it reads headers only.
+    """The weights of a Hugging Face directory (a WeightSource). Opening it reads headers only, and a head that is stored
+    although it is tied.
 
     Sharded or not; float32, float16 and bfloat16. Where layers of one parameter differ in dtype, the narrowest one
     that holds all their values is given.
@@ -64,7 +66,9 @@ class SafetensorsDirectory:
         self.location = directory
         config = directory / CONFIG
         if not config.is_file():
-            raise FileNotFoundError(f"{directory} is no Hugging Face directory: it has no file {CONFIG}")
+            raise FileNotFoundError(
+                f"{directory} is no Hugging Face directory: it has no file {CONFIG}{_hint(directory)}"
+            )
         self.model: ModelConfig = model_from_hf(config.read_bytes(), str(config))
         self.assets: Mapping[str, bytes] = _assets(directory)
         self._shards = _shards(directory)
@@ -107,6 +111,12 @@ class SafetensorsDirectory:
             head = f"{self.location} has tensors that are neither F32, F16 nor BF16; quantised or converted weights?"
             raise CheckpointError(_listed(head, strange))
 
+    def _same_rows(self, first: str, second: str, rows: slice) -> bool:
+        with _reading(self._shards[first]) as one, _reading(self._shards[second]) as other:
+            a, b = one.get_slice(first)[rows], other.get_slice(second)[rows]
+        # Bytes, for NaN; values, for another dtype.
+        return a.tobytes() == b.tobytes() or np.array_equal(a, b)
+
     def _common_dtypes(self) -> dict[str, np.dtype]:
         used: dict[str, set[np.dtype]] = {}
         for tensor in hf_tensors(self.model):
@@ -116,18 +126,25 @@ class SafetensorsDirectory:
 
     def _refuse_another_head(self) -> None:
         """Tied, but stored twice and different: one of the two statements is wrong, and only the user knows which."""
-        head = "lm_head.weight"
+        head, embedding = "lm_head.weight", hf_name(("embedding", None))
         if "head" in parameter_shapes(self.model) or head not in self._shards:
             return
-        with _reading(self._shards[head]) as file:
-            stored = file.get_tensor(head)
-        embedding = self._read_whole(hf_name(("embedding", None)))
-        # Bytes, for NaN; values, for another dtype.
-        if stored.tobytes() != embedding.tobytes() and not np.array_equal(stored, embedding):
+        if not all(self._same_rows(head, embedding, rows) for rows in row_blocks(self, "embedding")):
             raise CheckpointError(
                 f"{self.location} has a {head} that is not the embedding, but tie_word_embeddings is true (or missing) in "
                 f"{CONFIG}: set it to false if the head is to be used, or delete the tensor"
             )
+
+
+def _hint(directory: Path) -> str:
+    """What else the directory may be."""
+    if (directory / "adapter_config.json").exists():
+        return "; it holds a LoRA adapter: merge it into its base model first (peft: merge_and_unload, save_pretrained)"
+    if (directory / "snapshots").is_dir():
+        return "; it is the cache of a model: give one of the directories in snapshots/"
+    if (directory / "params.json").exists():
+        return "; it holds Meta's own format: give the directory with the safetensors files"
+    return ""
 
 
 def _assets(directory: Path) -> dict[str, bytes]:
@@ -140,6 +157,10 @@ def _assets(directory: Path) -> dict[str, bytes]:
 def _shards(directory: Path) -> dict[str, Path]:
     """The file that holds each tensor: by the index, or by the headers of all files where there is none."""
     if (directory / INDEX).exists():
+        if (directory / SINGLE).exists():
+            raise CheckpointError(
+                f"{directory} has {SINGLE} and {INDEX}, which may be two different models: delete the one that is not meant"
+            )
         return _indexed(directory)
     files = sorted(directory.glob("*.safetensors"))
     if (directory / SINGLE) in files:
@@ -148,10 +169,11 @@ def _shards(directory: Path) -> dict[str, Path]:
         if not path.is_file():  # Opening a named pipe would wait for ever.
             raise CheckpointError(f"{path} is no file, or a link to none; download it again")
     if not files:
-        if pickled := sorted(path.name for path in directory.glob("*.bin")):
+        if pickled := sorted(path.name for path in directory.glob("pytorch_model*.bin")):
             raise CheckpointError(
                 f"{directory} has pickled weights only ({', '.join(pickled[:4])}), which can run code when loaded. Convert "
-                f"them, once, with torch, which then refuses to run code:\n{_CONVERT_BIN}{directory}"
+                "them, once, with torch (pip install torch), which then refuses to run code:\n"
+                f"{_CONVERT_BIN}{shlex.quote(str(directory))}"
             )
         raise FileNotFoundError(f"{directory} has no weights: neither {SINGLE} nor {INDEX}")
     shards: dict[str, Path] = {}

@@ -12,12 +12,12 @@ import numpy as np
 from prosparse_jax.config import Config
 from prosparse_jax.data.tokenizer import tokenizer_from_files
 from prosparse_jax.errors import ConfigError, DataError
-from prosparse_jax.interop.conversion import Conversion, convert_all, count_not_finite, finished, write_checkpoint
+from prosparse_jax.interop.conversion import Conversion, convert_all, note_not_finite, write_checkpoint
 from prosparse_jax.interop.hf_config import default_family, hf_from_model, unfit
 from prosparse_jax.interop.hf_reader import CONFIG, SafetensorsDirectory
 from prosparse_jax.interop.hf_tensors import TRANSPOSED, hf_tensors, transposed
 from prosparse_jax.interop.hf_writer import PlacedTensor, plan_shards, write_companions, write_tensor
-from prosparse_jax.interop.weights import WeightSource
+from prosparse_jax.interop.weights import WeightSource, count_parameters, not_finite_warning
 from prosparse_jax.observe.files import atomic_directory
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -40,8 +40,8 @@ def import_directory(source: SafetensorsDirectory, destination: Path, *, say: Sa
         say(line)
     config = Config(name=destination.name, model=source.model, run_directory=str(destination))
     conversion = write_checkpoint(source, destination, config)
-    for line in conversion.warnings():
-        say(line)
+    if conversion.not_finite:
+        say(not_finite_warning(conversion.not_finite))
     return conversion
 
 
@@ -77,35 +77,43 @@ def export(
         say(line)
     target = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype) if dtype else None
     planned = [(tensor, target or source.dtype(tensor.piece[0])) for tensor in hf_tensors(source.model)]
-    original = json.loads(source.assets[CONFIG]) if CONFIG in source.assets else _token_ids(source)
+    original = json.loads(source.assets.get(CONFIG, b"{}")) | _token_ids(source)
     config = hf_from_model(source.model, family, original, dtype or source.dtype("layers/attention/query").name)
     needed = sum(math.prod(tensor.shape) * kind.itemsize for tensor, kind in planned)
     counts: dict[str, int] = {}
+    cast_counts: dict[str, int] = {}
     with atomic_directory(destination, needed_bytes=needed) as directory:
         directory.mkdir()
         write_companions(directory, config, source.assets, family)
 
         def convert(placed: PlacedTensor) -> int:
             values = source.read(*placed.tensor.piece)
+            note_not_finite(counts, placed.tensor.piece, values)
             if values.dtype != placed.dtype:
-                # Overflow to infinity is counted and told below.
+                # What overflows to infinity is counted and told below.
                 with np.errstate(over="ignore"):
                     values = values.astype(placed.dtype)
-            count_not_finite(counts, placed.tensor.piece, values)
+                note_not_finite(cast_counts, placed.tensor.piece, values)
             write_tensor(placed, transposed(values) if placed.tensor.piece[0] == TRANSPOSED else values)
             return values.nbytes
 
         convert_all("exporting", convert, plan_shards(directory, planned, max_shard_bytes), needed)
-        if verify is not None:
+        if sum(cast_counts.values()) > sum(counts.values()):
+            say(f"{not_finite_warning(cast_counts)}; they are too large for {dtype}, bfloat16 would hold them")
+        elif counts:
+            say(not_finite_warning(counts))
+        if verify is not None and counts:
+            say("logits are not compared: NaN differs from NaN")
+        elif verify is not None:
             verify(directory)
-    conversion = finished(source, counts, needed)
-    for line in conversion.warnings():
-        say(line)
-    return conversion
+    return Conversion(count_parameters(source.model), needed, counts)
 
 
 def _token_ids(source: WeightSource) -> dict[str, int | None]:
-    """The fields of config.json that name special tokens. Without them transformers takes 1 and 2, as for LLaMA 1."""
+    """The fields of config.json that name special tokens, as far as they are not its own. Without them transformers takes
+    1 and 2, as for LLaMA 1."""
+    if "bos_token_id" in json.loads(source.assets.get(CONFIG, b"{}")):
+        return {}
     with contextlib.suppress(DataError, RecursionError):
         tokenizer = tokenizer_from_files(source.assets, str(source.location))
         return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -116,11 +124,8 @@ def tokenizer_notes(source: WeightSource) -> list[str]:
     """What to know about how this model's texts begin; a setting that is missing or contradicts another is said."""
     try:
         tokenizer = tokenizer_from_files(source.assets, str(source.location))
-        empty = not tokenizer.backend.get_vocab(with_added_tokens=True)
     except (DataError, RecursionError) as error:
-        return [f"warning: {str(error).removesuffix('.')}. The weights are converted without a tokenizer"]
-    if empty:
-        return [f"warning: the tokenizer of {source.location} has no tokens. The weights are converted without it"]
+        return [f"warning: {str(error).removesuffix('.')}. What files there are travel as they are"]
     if tokenizer.vocab_size > source.model.vocab_size:
         return [
             f"warning: the tokenizer of {source.location} has {tokenizer.vocab_size} tokens, more than the model's "

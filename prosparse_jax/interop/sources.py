@@ -23,10 +23,10 @@ class CheckpointSource:
         self.model = self.config.model
         self.assets: Mapping[str, bytes] = checkpoint.read_assets(self.location)
         self._reader = CheckpointReader(self.location)
-        if (stored := self._reader.shapes()) != parameter_shapes(self.model):
-            raise CheckpointError(
-                f"{self.location} is damaged: its arrays are {stored}, which its own config does not describe"
-            )
+        stored, described = self._reader.shapes(), parameter_shapes(self.model)
+        if differing := sorted(name for name in stored | described if stored.get(name) != described.get(name)):
+            told = ", ".join(f"{name} {stored.get(name)} for {described.get(name)}" for name in differing[:5])
+            raise CheckpointError(f"{self.location} is damaged: its arrays are not those of its config: {told}")
 
     def dtype(self, name: str) -> np.dtype:
         return self._reader.dtype(name)

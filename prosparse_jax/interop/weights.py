@@ -4,6 +4,7 @@ A piece is one parameter of one layer (or an unlayered parameter) in this projec
 their path in the nested dict, such as "layers/ffn/gate"; "layers/..." ones are stacked over layers in memory.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from prosparse_jax.checkpoint_pieces import LAYER_PREFIX
 from prosparse_jax.config import ModelConfig
 
 Piece = tuple[str, int | None]
+_BLOCK_BYTES = 64 * 2**20
+
+_log = logging.getLogger(__name__)
 
 
 class WeightSource(Protocol):
@@ -82,6 +86,32 @@ def piece_shape(model: ModelConfig, name: str) -> tuple[int, ...]:
     return shape[1:] if name.startswith(LAYER_PREFIX) else shape
 
 
+def row_blocks(source: WeightSource, name: str) -> Iterator[slice]:
+    """Rows of an unlayered matrix in blocks of at most 64 MB as float32: tables are the largest tensors of most models."""
+    rows, columns = parameter_shapes(source.model)[name]
+    size = max(1, _BLOCK_BYTES // (4 * columns))
+    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def count_not_finite(values: np.ndarray) -> int:
+    """NaN and infinite values of an array, by their bits: all exponent bits are ones."""
+    bits = values.view(np.dtype(f"u{values.itemsize}"))
+    exponent = bits.dtype.type({"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}[values.dtype.name])
+    without_sign = bits & ~bits.dtype.type(1 << (8 * values.itemsize - 1))
+    return int(np.sum(without_sign >= exponent)) if values.size and np.max(without_sign) >= exponent else 0
+
+
+def not_finite_warning(counts: Mapping[str, int]) -> str:
+    """What to tell a user of NaN and infinite values, counted by name of the parameter (and layer)."""
+    shown = ", ".join(f"{count} in {name}" for name, count in sorted(counts.items())[:5])
+    return f"warning: {sum(counts.values())} values are NaN or infinite: {shown}{', ...' if len(counts) > 5 else ''}"
+
+
+def count_parameters(model: ModelConfig) -> int:
+    """Numbers in all parameters of a model."""
+    return sum(map(math.prod, parameter_shapes(model).values()))
+
+
 def total_bytes(source: WeightSource) -> int:
     """Bytes of all parameters in their stored dtypes."""
     shapes = parameter_shapes(source.model)
@@ -97,20 +127,29 @@ def load_sharded(source: WeightSource, abstract: Any) -> Any:
             parameters that the source has.
 
     Returns:
-        The same tree of arrays. Beyond them, the host never holds more than one shard of one parameter.
+        The same tree of arrays. Beyond them, the host holds one device's shard of one parameter. NaN and infinite values
+        are counted and logged.
     """
+    counts: dict[str, int] = {}
 
     def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+
+        def read(layer: int | None, rows: slice) -> np.ndarray:
+            values = source.read(name, layer, rows)
+            if count := count_not_finite(values):
+                key = name if layer is None else f"{name} (layer {layer})"
+                counts[key] = counts.get(key, 0) + count
+            return values
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
             held = np.empty([stop - start for start, stop in bounds], leaf.dtype)
             if name.startswith(LAYER_PREFIX):
                 for position, layer in enumerate(range(*bounds[0])):
-                    held[position] = source.read(name, layer, slice(*bounds[1]))
+                    held[position] = read(layer, _rows(bounds[1], leaf.shape[1]))
             else:
-                held[...] = source.read(name, None, slice(*bounds[0]))
+                held[...] = read(None, _rows(bounds[0], leaf.shape[0]))
             return held
 
         places: Any = leaf.sharding.addressable_devices_indices_map(leaf.shape)
@@ -118,4 +157,12 @@ def load_sharded(source: WeightSource, abstract: Any) -> Any:
         shards = [jax.block_until_ready(jax.device_put(shard(index), device)) for device, index in places.items()]
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
-    return jax.tree.map_with_path(load, abstract)
+    loaded = jax.tree.map_with_path(load, abstract)
+    if counts:
+        _log.warning(not_finite_warning(counts))
+    return loaded
+
+
+def _rows(bounds: tuple[int, int], count: int) -> slice:
+    """All rows as the slice that means all, which sources read faster."""
+    return slice(None) if bounds == (0, count) else slice(*bounds)

@@ -34,10 +34,13 @@ def rotary_tables(model: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarr
 
 
 def rotate(
-    x_BTNH: Float[Array, "B T N H"], cosine_TH: Float[Array, "T half"], sine_TH: Float[Array, "T half"]
+    x_BTNH: Float[Array, "B T N H"], cosine: Float[Array, "*B T half"], sine: Float[Array, "*B T half"]
 ) -> Float[Array, "B T N H"]:
-    """Rotates channel i together with channel i + H/2, in float32; returns x's dtype."""
+    """Rotates channel i together with channel i + H/2, in float32; returns x's dtype.
+
+    The angles are those of each position, the same for all sequences or for each its own.
+    """
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cosine, sine = cosine_TH[None, :, None, :], sine_TH[None, :, None, :]
+    cosine, sine = cosine[..., None, :], sine[..., None, :]
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(x_BTNH.dtype)

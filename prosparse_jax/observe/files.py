@@ -1,6 +1,7 @@
 """Files on disk: atomic writes, and JSON and JSON Lines that strict parsers accept."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -35,11 +36,36 @@ def atomic_directory(path: Path, *, needed_bytes: int) -> Iterator[Path]:
     """Yields the name of a directory to create beside `path`; renames it to `path` on success, deletes it on failure.
 
     What a killed process left there is deleted first. Raises FileExistsError if `path` is there already, and
-    CheckpointError if there is less room than `needed_bytes`.
+    CheckpointError if another process is writing it or there is less room than `needed_bytes`.
     """
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} is there already; delete it or choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _sole_writer(path):
+        yield from _written(path, needed_bytes)
+
+
+@contextlib.contextmanager
+def _sole_writer(path: Path) -> Iterator[None]:
+    lock = path.parent / f".{path.name}.lock"
+    with lock.open("w") as file:
+        try:
+            # Some network file systems have no such locks: there two writers are the user's business.
+            with contextlib.suppress(OSError):
+                _lock_or_refuse(file.fileno(), path)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _lock_or_refuse(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"another process is writing {path}; wait for it, or choose another directory") from None
+
+
+def _written(path: Path, needed_bytes: int) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.unfinished"
     shutil.rmtree(temporary, ignore_errors=True)
     free = shutil.disk_usage(path.parent).free

@@ -1,12 +1,13 @@
 """What a run starts from: random weights or those of a checkpoint of either kind, and the tokenizer that fits them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from prosparse_jax.config import Config, ModelConfig
 from prosparse_jax.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_or_train_tokenizer, tokenizer_from_files
-from prosparse_jax.errors import ConfigError
+from prosparse_jax.errors import ConfigError, DataError
 from prosparse_jax.interop.hf_reader import CONFIG, GENERATION_CONFIG
 from prosparse_jax.interop.sources import open_source
 from prosparse_jax.interop.weights import WeightSource, load_sharded
@@ -28,6 +29,21 @@ def _differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
     return found
 
 
+def _flags(wanted: Any, stored: Any, prefix: str = "--model") -> Iterator[str]:
+    """Command-line flags that turn one model into another, as train.py reads them."""
+    for field in dataclasses.fields(wanted):
+        old, new = getattr(wanted, field.name), getattr(stored, field.name)
+        flag = f"{prefix}.{field.name.replace('_', '-')}"
+        if old == new or field.name in _MAY_DIFFER:
+            continue
+        if dataclasses.is_dataclass(new):
+            yield from _flags(old, new, flag)
+        elif isinstance(new, bool):
+            yield flag if new else f"{prefix}.no-{field.name.replace('_', '-')}"
+        else:
+            yield f"{flag}={new}"
+
+
 def find_source(config: Config) -> WeightSource | None:
     """What `config.init_from` means: a run, a checkpoint or a Hugging Face directory; None for random weights.
 
@@ -40,7 +56,13 @@ def find_source(config: Config) -> WeightSource | None:
     source = open_source(Path(config.init_from).expanduser())
     found = _differences(source.model, config.model)
     if found:
-        raise ConfigError([f"{line} ({source.location})" for line in found])
+        flags = " ".join(_flags(config.model, source.model))
+        raise ConfigError(
+            [
+                *(f"{line} ({source.location})" for line in found),
+                f"to take that model, put it into the recipe or add: {flags}",
+            ]
+        )
     return source
 
 
@@ -55,7 +77,13 @@ def choose_tokenizer(
     if assets is None:
         return load_or_train_tokenizer(config.data, config.model.vocab_size)
     if not config.data.tokenizer:
-        return tokenizer_from_files(assets, origin)
+        tokenizer = tokenizer_from_files(assets, origin)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise DataError(
+                f"the tokenizer of {origin} has {tokenizer.vocab_size} tokens, more than model.vocab_size="
+                f"{config.model.vocab_size}; give the one that the model was trained with as data.tokenizer"
+            )
+        return tokenizer
     tokenizer = load_or_train_tokenizer(config.data, config.model.vocab_size)
     if TOKENIZER_FILE in assets and tokenizer_from_files(assets, origin).fingerprint != tokenizer.fingerprint:
         say(f"warning: data.tokenizer={config.data.tokenizer} is not the tokenizer that {origin} was trained with")

@@ -23,6 +23,7 @@ from prosparse_jax.data.loader import training_iterator, validation_batches
 from prosparse_jax.data.token_cache import prepare_tokens
 from prosparse_jax.errors import ConfigError
 from prosparse_jax.evaluation.validation import Validation, run_validation
+from prosparse_jax.interop.huggingface import tokenizer_notes
 from prosparse_jax.interop.weights import WeightSource
 from prosparse_jax.model.transformer import activation_parameters
 from prosparse_jax.observe.files import TRAINING_FILE, VALIDATION_FILE, read_jsonl, write_json_atomic
@@ -259,6 +260,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         saved = step_to_resume(config, store, resume=resume, say=say)
         if saved is None and resume:
             source = find_source(config)
+        for note in tokenizer_notes(source) if source and not config.data.tokenizer else ():
+            say(note)
         assets = source.assets if source else None
         if saved is not None:
             assets = checkpoint.read_assets(store.directory / str(saved))

@@ -198,7 +198,7 @@ def test_a_recipe_of_another_shape_is_refused_with_every_field(made):
     wrong = ("--model.d-model=64", "--model.num-layers=3", "--model.num-kv-heads=1", "--model.norm-eps=1e-6")
     ended = made.run("train", "--name=wrong", "--init-from=model", *wrong, "--model.tie-embeddings", code=2)
     for part in (
-        "error: 5 problems", "model.d_model=64, but the checkpoint in init_from has 32", "model.num_layers=3,",
+        "error: 6 problems", "model.d_model=64, but the checkpoint in init_from has 32", "model.num_layers=3,",
         "model.num_kv_heads=1,", "model.norm_eps=1e-06,", "model.tie_embeddings=True,", "(model)",
     ):  # fmt: skip
         assert part in ended.stderr

@@ -50,6 +50,6 @@ def test_no_room_for_metrics(scripts, reference):
     message = run_out_of_room(scripts, run, every=10, spare=100)
     assert message.count("error:") == 1
     assert "runs/tiny" in message
-    assert "Make room, then continue with --resume" in message
+    assert "Make room and run it again (training: with --resume)" in message
     assert parameters(run)
     assert_it_continues(scripts, run, reference)

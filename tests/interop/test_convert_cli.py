@@ -17,9 +17,11 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from prosparse_jax.checkpoint_pieces import CheckpointReader
+from prosparse_jax.errors import CheckpointError
 from prosparse_jax.interop.hf_config import model_from_hf
 from prosparse_jax.interop.hf_tensors import hf_tensors
 from prosparse_jax.interop.huggingface import tokenizer_notes
+from prosparse_jax.observe.files import atomic_directory
 from tests import processes
 from tests.processes import finish, stop_when
 
@@ -286,7 +288,7 @@ def large(tmp_path) -> Path:
 
 
 MOMENTS = {
-    "when the first file of a checkpoint appears": lambda place: list(place.glob(".out*")),
+    "when the first file of a checkpoint appears": lambda place: list(place.glob(".out.unfinished*")),
     "while weights are written": lambda place: (place / ".out.unfinished").exists(),
 }
 
@@ -312,7 +314,7 @@ def test_a_killed_import_leaves_a_hidden_directory_that_the_next_one_removes(scr
     process.communicate()
     left = names(scripts.directory) - {"tiny.py", "large"}
     assert left
-    assert all(name.startswith(".out.unfinished") for name in left), left
+    assert all(name.startswith((".out.unfinished", ".out.lock")) for name in left), left
     shutil.rmtree(large)
     model = write_model(tmp_path / "model")
     scripts.run("convert_hf", "import", "model", "out")
@@ -375,8 +377,58 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_told():
     assert note == "warning: the tokenizer of there has 41 tokens, more than the model's 40"
 
 
-def test_no_tokenizer_at_all_is_told_with_the_command_that_writes_one():
+def test_no_tokenizer_at_all_is_told_with_where_to_get_one():
     (note,) = tokenizer_notes(Source())
     assert note.startswith("warning: there has no tokenizer.json")
-    assert "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)" in note
-    assert note.endswith("The weights are converted without a tokenizer")
+    assert (
+        "has no tokenizer.json. If it has a tokenizer.model, take the tokenizer.json and tokenizer_config.json" in note
+    )
+    assert note.endswith("What files there are travel as they are")
+
+
+def test_a_file_and_an_index_that_may_be_two_models_are_refused(convert, model, tmp_path):
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    code, _, err = convert("import", "model", "out")
+    assert code == 2
+    assert "has model.safetensors and model.safetensors.index.json, which may be two different models" in err
+
+
+def test_two_writers_of_one_directory_do_not_meet(tmp_path):
+    with (
+        atomic_directory(tmp_path / "out", needed_bytes=0) as first,
+        pytest.raises(CheckpointError, match="another process is writing"),
+        atomic_directory(tmp_path / "out", needed_bytes=0),
+    ):
+        pass
+    with atomic_directory(tmp_path / "out", needed_bytes=0) as first:
+        first.mkdir()
+    assert names(tmp_path) == {"out"}
+
+
+def test_weights_that_are_not_finite_are_exported_with_a_warning(convert, tmp_path):
+    def spoil(named):
+        named["model.norm.weight"][3] = np.nan
+
+    write_model(tmp_path / "spoiled", change=spoil)
+    code, out, _ = convert("export", "spoiled", "out")
+    assert code == 0
+    assert "warning: 1 values are NaN or infinite: 1 in norm/scale" in out
+    assert "logits are not compared" in out
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ({"adapter_config.json": "{}"}, "LoRA adapter"),
+        ({"snapshots/x": ""}, "one of the directories in snapshots/"),
+        ({"params.json": "{}"}, "Meta's own format"),
+    ],
+)
+def test_a_directory_that_is_something_else_is_named(convert, tmp_path, made, told):
+    for name, content in made.items():
+        path = tmp_path / "other" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    code, _, err = convert("import", "other", "out")
+    assert code == 2
+    assert told in err

@@ -335,8 +335,8 @@ def plain(tmp_path_factory) -> SafetensorsDirectory:
 REFUSALS = [
     ({"ffn_width": 0}, "llama", ["the model has no FFNs (model.ffn_width=0)"]),
     ({"ffn_width": 0, "head_width": 4}, "minicpm", ["the model has no FFNs (model.ffn_width=0)"]),
-    ({"logits_divisor": 2.0}, "llama", ["multipliers, which llama lacks; use --format minicpm"]),
-    ({"embedding_multiplier": 2.0}, "sparsellama", ["multipliers, which sparsellama lacks; use --format minicpm"]),
+    ({"logits_divisor": 2.0}, "llama", ["multipliers, which llama lacks; no format holds it"]),
+    ({"embedding_multiplier": 2.0}, "sparsellama", ["multipliers, which sparsellama lacks; no format holds it"]),
     (activation("fatrelu", 0.1), "llama", ["is fatrelu, which LlamaForCausalLM lacks"]),
     (activation("shifted_relu", 0.1), "llama", ["is shiftrelu, which LlamaForCausalLM lacks"]),
     ({"head_width": 4} | activation("shifted_relu", 0.1), "minicpm", ["MiniCPM has no shifted ReLU"]),

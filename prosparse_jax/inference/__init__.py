@@ -1,0 +1,1 @@
+"""Decoding: a key/value cache, one compiled step per token, sampling."""

@@ -1,0 +1,59 @@
+"""From logits to the next token: greedy, temperature, nucleus (top-p)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from prosparse_jax.errors import ConfigError
+
+_LEAST_TEMPERATURE = 1e-6
+"""Logits divided by much less overflow float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Raises ConfigError with everything that cannot be."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token; 1 draws from the model's distribution."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have at least this probability are drawn from."""
+    seed: int = dataclasses.field(default=0, compare=False)
+    """Equal seeds give equal tokens. Not compared: it is no part of the compiled program."""
+
+    def __post_init__(self):
+        problems = []
+        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+            problems.append(f"temperature={self.temperature} must be 0 (greedy) or from {_LEAST_TEMPERATURE} up")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed={self.seed} must be in [0, 2**32)")
+        if problems:
+            raise ConfigError(problems)
+
+
+def sample(logits_BV: Float[Array, "B V"], key: jax.Array, sampling: Sampling) -> Int[Array, "B"]:
+    """The next token of each sequence. `sampling` is static, and its seed unused: `key` decides what is drawn."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    scaled_BV = nucleus(logits_BV.astype(jnp.float32) / sampling.temperature, sampling.top_p)
+    return jax.random.categorical(key, scaled_BV, axis=-1).astype(jnp.int32)
+
+
+def nucleus(logits_BV: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
+    """Logits with -inf outside the smallest set of most likely tokens whose probability reaches `top_p`.
+
+    The most likely token always stays (Holtzman et al. 2020, §3.1).
+    """
+    if top_p == 1:
+        return logits_BV
+    order_BV = jnp.argsort(-logits_BV, axis=-1)
+    probabilities_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1)
+    before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
+    place_BV = jnp.argsort(order_BV, axis=-1)
+    kept_BV = jnp.take_along_axis(before_BV < top_p, place_BV, axis=-1)
+    return jnp.where(kept_BV, logits_BV, -jnp.inf)

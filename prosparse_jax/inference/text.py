@@ -1,0 +1,116 @@
+"""From texts to prompts, and from tokens back to text while they are being chosen."""
+
+import json
+from collections.abc import Callable, Sequence
+
+from prosparse_jax.data.tokenizer import TextTokenizer
+from prosparse_jax.errors import CheckpointError, ConfigError
+from prosparse_jax.inference.engine import Generation
+from prosparse_jax.interop.hf_reader import GENERATION_CONFIG
+from prosparse_jax.interop.weights import WeightSource
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def encode_prompts(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, begun as a document begins. Raises ConfigError naming every text that is empty."""
+    if empty := [number for number, text in enumerate(texts, start=1) if not text]:
+        raise ConfigError([f"prompt {number} is empty; give some text to continue" for number in empty])
+    first = [tokenizer.bos_id] if tokenizer.bos_id is not None and tokenizer.begins_with_bos else []
+    return [first + ids for ids in tokenizer.encode_batch(texts)]
+
+
+def stop_tokens(source: WeightSource, tokenizer: TextTokenizer) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's, and those that generation_config.json names.
+
+    Raises CheckpointError if that file cannot be read.
+    """
+    stop = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
+    if GENERATION_CONFIG not in source.assets:
+        return stop
+    try:
+        named = json.loads(source.assets[GENERATION_CONFIG]).get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{source.location}: {GENERATION_CONFIG} cannot be read ({error}); mend it") from error
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if strange := [token for token in ids if type(token) is not int]:
+        raise CheckpointError(f"{source.location}: eos_token_id in {GENERATION_CONFIG} holds {strange}, not token ids")
+    return stop | frozenset(ids)
+
+
+class TextStream:
+    """The continuation of one prompt, piece by piece: a piece never ends within a character of several bytes.
+
+    The pieces together are what decoding prompt and continuation at once gives after the prompt.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int]):
+        self._tokenizer = tokenizer
+        # Shown tokens before the new ones: some tokenizers drop the space of whatever token comes first.
+        self._context = list(prompt)
+        self._held: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is incomplete."""
+        self._held.append(token)
+        text = self._held_text()
+        if not text or text.endswith(_REPLACEMENT):
+            return ""
+        self._context, self._held = self._held, []
+        return text
+
+    def finish(self) -> str:
+        """What is left: bytes that make no character, as replacement characters."""
+        text, self._held = self._held_text(), []
+        return text
+
+    def _held_text(self) -> str:
+        shown = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._held)[len(shown) :]
+
+
+def write_texts(
+    generation: Generation, tokenizer: TextTokenizer, texts: Sequence[str], write: Callable[[str], object]
+) -> None:
+    """Runs a generation and writes each text with its continuation, and a line end after it.
+
+    A single one is written as it comes, several in the order in which they end.
+    """
+    streams = [TextStream(tokenizer, prompt) for prompt in generation.prompts]
+    pieces = [[text] for text in texts]
+    running = set(range(len(texts)))
+
+    def end(index: int) -> None:
+        running.remove(index)
+        write("".join(pieces[index]) + streams[index].finish() + "\n")
+
+    for tokens in generation:
+        for index in sorted(running):
+            token = tokens[index]
+            if token is None:
+                end(index)
+                continue
+            pieces[index].append(streams[index].add(token))
+            if len(texts) == 1:
+                write("".join(pieces[index]))
+                pieces[index].clear()
+    for index in sorted(running):
+        end(index)
+
+
+def summary(generation: Generation) -> str:
+    """One line on a generation that has run: speed, prompt tokens, sparsity, what computed the FFNs."""
+    has_ffn = generation.engine.decoder.model.ffn_width > 0
+    if generation.timed_tokens:
+        speed = f"{generation.timed_tokens / generation.timed_seconds:.1f} tokens/s"
+    else:
+        speed = "too few tokens to time"
+    kind = str(generation.ffn_kind).removeprefix("xla_")
+    return ", ".join(
+        [
+            speed,
+            f"{sum(map(len, generation.prompts))} prompt tokens",
+            f"{100 * generation.prompt_sparsity:.1f} % sparsity of their FFN activations" if has_ffn else "no FFN",
+            *([f"FFN: {kind}"] if has_ffn else []),
+        ]
+    )

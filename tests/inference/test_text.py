@@ -1,0 +1,98 @@
+"""Text as it comes. Oracles: Python's incremental UTF-8 decoder, and decoding all tokens at once by tokenizers."""
+
+import codecs
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models
+
+from prosparse_jax.data.tokenizer import TextTokenizer, train_byte_level_bpe
+from prosparse_jax.errors import CheckpointError, ConfigError
+from prosparse_jax.inference.text import TextStream, encode_prompts, stop_tokens
+from tests.inference.memory import MemorySource
+from tests.support import SMALL
+
+BYTES = 256
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> TextTokenizer:
+    """One token for each byte and a separator, no merges."""
+    return train_byte_level_bpe([], BYTES + 1)
+
+
+@pytest.fixture(scope="module")
+def llama_like() -> TextTokenizer:
+    """As LLaMA 2's: words carry a space before them, bytes stand for other characters, the first space is dropped."""
+    words = ["<unk>", "<s>", "</s>", "▁Once", "▁upon", "ly"]
+    vocabulary = {word: index for index, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(BYTES))])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return TextTokenizer(backend, 1, 2, {})
+
+
+def pieces(tokenizer: TextTokenizer, prompt: list[int], continuation: list[int]) -> list[str]:
+    stream = TextStream(tokenizer, prompt)
+    return [*(stream.add(token) for token in continuation), stream.finish()]
+
+
+def test_a_piece_comes_with_the_last_byte_of_each_character(byte_level):
+    prompt, continuation = byte_level.encode_batch(["aé", "ß€😀 e\u0301\u200d漢\n"])
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    expected = [decoder.decode(byte) for byte in map(bytes, zip("ß€😀 e\u0301\u200d漢\n".encode(), strict=True))]
+    assert "" in expected
+    assert pieces(byte_level, prompt, continuation) == [*expected, ""]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_bytes_together_are_what_decoding_at_once_gives(byte_level, seed):
+    # Mostly bytes that begin or continue a character, so that characters are complete, cut and wrong in all ways.
+    rng = np.random.default_rng(seed)
+    alphabet = [byte_level.backend.encode(character).ids[-1] for character in "é€😀a\u0080ÿ"]
+    tokens = [int(rng.choice([*alphabet, rng.integers(BYTES + 1)])) for _ in range(60)]
+    assert "".join(pieces(byte_level, [], tokens)) == byte_level.decode(tokens)
+
+
+def test_spaces_between_words_survive(llama_like):
+    once, upon, ly = 3, 4, 5
+    e_acute = [6 + byte for byte in "é".encode()]
+    assert pieces(llama_like, [1, once], [upon, ly, *e_acute, once, 2]) == [" upon", "ly", "", "é", " Once", "", ""]
+    # Without a prompt of text there is nothing that the space could separate.
+    assert pieces(llama_like, [1], [once, upon]) == ["Once", " upon", ""]
+
+
+def test_bytes_that_make_no_character_come_at_the_end(llama_like):
+    assert pieces(llama_like, [3], [6 + 0xE2, 6 + 0x82]) == ["", "", "\ufffd\ufffd"]
+
+
+def test_prompts_begin_as_the_tokenizer_says(byte_level):
+    assert encode_prompts(byte_level, ["a"]) == [byte_level.backend.encode("a").ids]
+    beginning = tokenizers.Tokenizer.from_str(byte_level.backend.to_str())
+    beginning.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    expected = [beginning.encode(text).ids for text in ("a", "bc")]
+    assert encode_prompts(TextTokenizer(beginning, 0, 0, {}), ["a", "bc"]) == expected
+    with pytest.raises(ConfigError, match=r"prompt 1 is empty[^$]*prompt 3 is empty"):
+        encode_prompts(byte_level, ["", "a", ""])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, {0}), ({}, {0}), ({"eos_token_id": None}, {0}), ({"eos_token_id": 7}, {0, 7}),
+     ({"eos_token_id": [6, 7]}, {0, 6, 7})],
+)  # fmt: skip
+def test_stop_tokens_are_those_of_both_files(byte_level, content, expected):
+    assets = {} if content is None else {"generation_config.json": json.dumps(content).encode()}
+    assert stop_tokens(MemorySource(SMALL.model, {}, assets), byte_level) == expected
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'{"eos_token_id": "x"}', b'{"eos_token_id": [true]}'])
+def test_a_damaged_generation_config_is_an_error(byte_level, content):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        stop_tokens(MemorySource(SMALL.model, {}, {"generation_config.json": content}), byte_level)
