@@ -49,10 +49,10 @@ def atomic_directory(path: Path, *, needed_bytes: int) -> Iterator[Path]:
 def _sole_writer(path: Path) -> Iterator[None]:
     lock = path.parent / f".{path.name}.lock"
     with lock.open("w") as file:
+        # Some network file systems have no such locks: there two writers are the user's business.
+        with contextlib.suppress(OSError):
+            _lock_or_refuse(file.fileno(), path)
         try:
-            # Some network file systems have no such locks: there two writers are the user's business.
-            with contextlib.suppress(OSError):
-                _lock_or_refuse(file.fileno(), path)
             yield
         finally:
             lock.unlink(missing_ok=True)
