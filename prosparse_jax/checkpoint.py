@@ -261,6 +261,11 @@ class CheckpointStore:
                 _delete(path)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is one complete checkpoint, not a directory that holds some."""
+    return _UNFINISHED not in path.name and (path / "parameters").is_dir() and (path / "config").is_dir()
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest complete one of a run or checkpoints directory.
 
@@ -271,7 +276,7 @@ def find_checkpoint(path: Path) -> Path:
     path = path.absolute()
     if not path.exists():
         raise FileNotFoundError(f"no such run or checkpoint directory: {path}")
-    if _UNFINISHED not in path.name and (path / "parameters").is_dir() and (path / "config").is_dir():
+    if is_checkpoint(path):
         return path
     for directory in (path / "checkpoints", path):
         if steps := _steps(directory):

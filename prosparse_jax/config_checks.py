@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prosparse_jax.activations import ACTIVATIONS
 from prosparse_jax.config import Config, ModelConfig
+from prosparse_jax.config_types import type_problems
 from prosparse_jax.errors import ConfigError
 from prosparse_jax.parallel.mesh import mesh_shape
 
@@ -167,6 +168,9 @@ def problems(config: Config, device_count: int | None = None) -> list[str]:
 
     With `device_count`, also whether the mesh can be made of that many devices and divides what it must.
     """
+    if mistyped := [*type_problems(config)]:
+        # The other rules would trip over them.
+        return mistyped
     found = [
         *model_problems(config.model),
         *_sparsity(config),

@@ -23,7 +23,7 @@ def sweep_table(shift: ThresholdShift) -> Table:
         title=f"Threshold sweep on {shift.tokens:,} held-out tokens",
         caption=f"> largest threshold with a perplexity (ppl) rise of at most {shift.budget:g} %",
     )
-    for name in ("t", "sparsity %", "ppl", "rise %", *(f"layer {index}" for index in layers)):
+    for name in ("t", "sparsity %", "ppl", "rise %", *(f"L{index}" for index in layers)):
         table.add_column(name, justify="right", no_wrap=True)
     for row in shift.rows:
         chosen = row is shift.chosen

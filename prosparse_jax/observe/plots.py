@@ -313,7 +313,7 @@ def _threshold_axis(axes: Axes, thresholds: np.ndarray) -> None:
 
 
 def _mark_chosen(top: Axes, bottom: Axes, rows: Sequence[dict], chosen_threshold: float) -> None:
-    """A dotted line through both panels, and its figures where a rising curve leaves room: below or above it."""
+    """A dotted line through both panels, and its figures where a rising curve leaves room: below it."""
     for axes in (top, bottom):
         axes.axvline(chosen_threshold, color=GREY, linewidth=1.2, linestyle=(0, (1, 2)))
     for row in rows:
@@ -322,10 +322,8 @@ def _mark_chosen(top: Axes, bottom: Axes, rows: Sequence[dict], chosen_threshold
         text = f"chosen: t = {chosen_threshold:g}\n{row['sparsity']:.1%} sparse\nperplexity {row['perplexity']:.4g}"
         text = text.replace("%", " %")
         share = bottom.transAxes.inverted().transform(bottom.transData.transform((chosen_threshold, 0.0)))[0]
-        if share < 0.6:
-            _note(bottom, chosen_threshold, 0.0, text, (8, 8), transform="xaxis")
-        else:
-            _note(top, chosen_threshold, 1.0, text, (-8, -46), transform="xaxis", ha="right")
+        offset, side = ((8, 8), "left") if share < 0.6 else ((-8, 8), "right")
+        _note(bottom, chosen_threshold, 0.0, text, offset, transform="xaxis", ha=side)
 
 
 def _note(

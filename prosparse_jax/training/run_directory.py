@@ -80,6 +80,13 @@ def step_to_resume(
     reduction differ from the config's. Other changed fields are reported through `say`.
     """
     directory, latest = run_directory(config), store.latest_step()
+    if checkpoint.is_checkpoint(directory):
+        raise ConfigError(
+            [
+                f"{directory} is itself a checkpoint, which would hide those of a run in it; choose another "
+                "--run-directory or --name"
+            ]
+        )
     if latest is None:
         if resume:
             say(f"no checkpoint in {directory} yet: starting at step 0")

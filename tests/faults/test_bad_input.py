@@ -124,6 +124,11 @@ def test_a_run_directory_in_use(refused, trained):
         assert "another process is training in runs/tiny" in refused("train", *ONE, "--resume")
 
 
+def test_a_run_directory_that_is_a_checkpoint(refused, trained):
+    message = refused("train", *ONE, "--run-directory=runs/tiny/checkpoints/30")
+    assert "runs/tiny/checkpoints/30 is itself a checkpoint" in message
+
+
 def test_resume_with_another_model(refused, trained):
     message = refused("train", *ONE, "--resume", "--model.ffn-width=32", "--seed=7", "--training.steps=20")
     for part in ("model.ffn_width: 64 -> 32", "seed: 0 -> 7", "saved at step 30, beyond training.steps=20"):
