@@ -64,7 +64,9 @@ def test_batches_hold_plain_arrays_of_one_shape(tmp_path):
     TOKENS.tofile(tmp_path / "train.bin")
     mapped = np.memmap(tmp_path / "train.bin", np.uint16, mode="r")
     batch = next(iterator(mapped))
-    shapes = dict.fromkeys(("inputs", "targets", "mask", "loss_mask"), (np.ndarray, (B, T))) | {"source": (np.ndarray, (B,))}
+    shapes = dict.fromkeys(("inputs", "targets", "mask", "loss_mask"), (np.ndarray, (B, T))) | {
+        "source": (np.ndarray, (B,))
+    }
     assert {key: (type(value), value.shape) for key, value in batch.items()} == shapes
     np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
 
@@ -142,7 +144,9 @@ def test_validation_sequences_are_spread_evenly_and_the_same_every_time():
 
 
 @pytest.mark.parametrize(("wanted", "real"), [(6, 6), (1, 1), (25, 25), (1000, 25)])
-def test_the_last_validation_batch_is_padded_and_padding_does_not_count(wanted, real):
+    names = ("inputs", "targets", "mask", "loss_mask")
+    assert {batch[name].shape for batch in batches for name in names} == {(B, T)}
+    assert {batch["source"].shape for batch in batches} == {(B,)}
     batches = validation_batches(TOKENS, sequence_length=T, batch_size=B, sequences=wanted)
     assert {value.shape for batch in batches for value in batch.values()} == {(B, T)}
     mask = np.concatenate([batch["mask"] for batch in batches])
@@ -150,6 +154,7 @@ def test_the_last_validation_batch_is_padded_and_padding_does_not_count(wanted, 
     assert mask.sum() == real * T
     assert len(batches) == -(-real // B)
     assert not mask[real:].any()
+    np.testing.assert_array_equal(mask, np.concatenate([batch["loss_mask"] for batch in batches]))
     assert not inputs[real:].any()
     assert len({int(row[0]) for row in inputs[:real]}) == real
 
