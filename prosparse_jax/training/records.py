@@ -50,10 +50,13 @@ def training_record(
         "skipped_updates": int(metrics.skipped_updates),
         "sparsity_per_layer": [float(share) for share in metrics.sparsity_L],
     }
+    epochs = iterator.epochs() if isinstance(iterator, CountsEpochs) else {}
     if len(source_names) > 1:
         record |= _by_source(source_names, figures_by_source(interval.sources, neurons), ("loss", "tokens", "sparsity"))
-    if isinstance(iterator, CountsEpochs):
-        record["epochs_by_source"] = dict(iterator.epochs())
+        if epochs:
+            record["epochs_by_source"] = dict(epochs)
+    elif epochs:
+        (record["epochs"],) = epochs.values()
     return record
 
 

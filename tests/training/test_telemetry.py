@@ -104,8 +104,11 @@ NAMES = ("code", "web")
 
 
 class Iterator:
+    def __init__(self, **epochs: float):
+        self._epochs = epochs
+
     def epochs(self):
-        return {"code": 0.5, "web": 2.25}
+        return self._epochs
 
 
 def record_of(names, iterator=None):
@@ -119,15 +122,17 @@ def record_of(names, iterator=None):
 
 
 def test_a_record_of_one_source_says_nothing_of_sources():
-    record = record_of(())
+    record = record_of((), Iterator(all=0.75))
     assert not [name for name in record if "source" in name]
+    assert record["epochs"] == 0.75
+    assert "epochs" not in record_of((), iter(()))
     real = random_batch(small_config())["mask"].mean()
     assert record["packing_efficiency"] == pytest.approx(real)
     assert record["padding_share"] == pytest.approx(1 - real)
 
 
 def test_a_record_of_two_sources_names_them():
-    record = record_of(NAMES, Iterator())
+    record = record_of(NAMES, Iterator(code=0.5, web=2.25))
     assert record["tokens_by_source"] == {"code": random_batch(small_config())["mask"].sum(), "web": 0}
     assert record["loss_by_source"]["code"] == pytest.approx(record["loss"], rel=1e-6)
     assert record["sparsity_by_source"]["code"] == pytest.approx(record["sparsity"], abs=1e-6)
