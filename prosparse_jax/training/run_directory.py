@@ -15,7 +15,7 @@ from prosparse_jax.errors import ConfigError
 CHECKPOINTS = "checkpoints"
 
 # A resumed run with another value here would not be the same run; anything else may change and is reported.
-_FIXED_ON_RESUME = ("model.", "seed", "sparsity.reduction", "training.sequence", "data.document_masks")
+_FIXED_ON_RESUME = ("model.", "seed", "sparsity.reduction", "training.sequence")
 # Names of places, not of what is computed.
 _PLACES = ("name", "run_directory", "data.cache_directory")
 
