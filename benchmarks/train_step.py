@@ -132,6 +132,8 @@ def _our_step(size: dict[str, int], activation: str, *, statistics_on: bool) -> 
             "inputs": inputs.astype(np.int32),
             "targets": targets.astype(np.int32),
             "mask": np.ones(inputs.shape, np.float32),
+            "loss_mask": np.ones(inputs.shape, np.float32),
+            "source": np.zeros(len(inputs), np.int32),
         }
     )
     with jax.set_mesh(program.mesh):

@@ -132,11 +132,27 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    name: str
+    """How records and plots call it."""
+    weight: float = 1.0
+    """Its share of the training tokens, relative to those of the other sources."""
+    paths: tuple[str, ...] = ()
+    """JSON Lines files, text files or folders of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     paths: tuple[str, ...] = ()
     """JSON Lines files, text files or folders of them. Empty: the Python standard library of this interpreter."""
+    sources: tuple[SourceConfig, ...] = ()
+    """A mixture of named sources instead of `paths`."""
+    document_masks: bool = False
+    """Each document of a packed sequence sees only itself, and its positions start at 0 (docs/method.md)."""
     text_field: str = "text"
     """Field of a JSON Lines record that holds the document."""
     tokenizer: str = ""

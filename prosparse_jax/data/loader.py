@@ -9,7 +9,8 @@ import numpy as np
 from prosparse_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
-"""inputs (B, T) int32; targets (B, T) int32, the inputs shifted by one; mask (B, T) bool, False on padding."""
+"""inputs (B, T) int32; targets (B, T) int32, the inputs shifted by one; mask (B, T) bool, False on padding; loss_mask
+(B, T) bool, False on targets that do not count; source (B,) int32, the source of each sequence."""
 
 # Tokens that go into the check that a checkpoint continues on the same data.
 _SAMPLED_TOKENS = 2**16
@@ -34,12 +35,14 @@ class PackedSequences:
         return max(len(self._tokens) - 1, 0) // self._length
 
     def __getitem__(self, index: int) -> Batch:
-        """inputs (T,) int32, targets (T,) int32, mask (T,) bool, all True."""
+        """inputs (T,) int32, targets (T,) int32, mask and loss_mask (T,) bool, all True, source () int32, 0."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         begin = int(index) * self._length
         window = np.asarray(self._tokens[begin : begin + self._length + 1]).astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:], "mask": np.ones(self._length, bool)}
+        real = np.ones(self._length, bool)
+        source = np.zeros((), np.int32)
+        return {"inputs": window[:-1], "targets": window[1:], "mask": real, "loss_mask": real, "source": source}
 
 
 class TrainingDataset(grain.IterDataset):

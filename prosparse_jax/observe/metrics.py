@@ -17,8 +17,8 @@ class MetricsWriter:
     Only the process that owns the run directory (process 0) may hold one. Every line is flushed, so a killed process
     loses at most the line it was writing. NaN and infinities are written as null, and left out of TensorBoard.
 
-    A record is a flat dict with an int `step`, numbers, and lists of one number per layer. Shares such as `sparsity`
-    are between 0 and 1.
+    A record is a dict with an int `step`, numbers, lists of one number per layer, and dicts of one number per source.
+    Shares such as `sparsity` are between 0 and 1.
     """
 
     def __init__(self, run_directory: Path, *, tensorboard: bool, resume_step: int = 0):
@@ -131,10 +131,12 @@ class _EventFile:
 
 
 def _scalars(record: dict) -> list[tuple[str, float]]:
-    """(TensorBoard tag, value) of every number in a record; lists become one tag per layer."""
+    """(TensorBoard tag, value) of every number in a record; lists become one tag per layer, dicts one per name."""
     scalars = []
     for name, value in record.items():
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            entries = [(f"{name}/{key}", entry) for key, entry in value.items()]
+        elif isinstance(value, list):
             entries = [(f"{name}/{index:02d}", entry) for index, entry in enumerate(value)]
         else:
             entries = [(name, value)]

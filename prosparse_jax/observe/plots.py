@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from prosparse_jax.observe import figures
 from prosparse_jax.observe.figures import BLUE, GREEN, GREY, INK, PALETTE, TEXT_SIZE, VERMILION, column
 from prosparse_jax.observe.files import TRAINING_FILE, VALIDATION_FILE, read_jsonl
+from prosparse_jax.observe.source_plots import plot_sources
 
 PLOTS_DIRECTORY = "plots"
 SWEEP_FILE = "threshold_sweep.json"
@@ -49,6 +50,7 @@ def plot_run(run_directory: Path) -> list[Path]:
     if per_layer:
         written.append(folder / "sparsity_by_layer.png")
         plot_sparsity_by_layer(per_layer, written[-1])
+    written += plot_sources(training, validation, folder)
     if sweep is not None:
         written.append(folder / "threshold_sweep.png")
         plot_threshold_sweep(sweep["rows"], sweep["chosen_threshold"], sweep["budget"], written[-1])

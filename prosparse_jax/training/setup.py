@@ -13,7 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prosparse_jax import config_checks
 from prosparse_jax.config import Config
+from prosparse_jax.data.sources import source_names
 from prosparse_jax.evaluation.validation import Validate, make_validate
+from prosparse_jax.model.attention import Documents
 from prosparse_jax.model.transformer import RunOptions
 from prosparse_jax.parallel.mesh import make_mesh
 from prosparse_jax.training.losses import Batch
@@ -49,32 +51,47 @@ class Program:
         )
         return _placed(state, self.mesh)
 
-    def _batch_sharding(self, rank: int) -> NamedSharding:
-        spec = self.options.sharding.activation(2)
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * (rank - 2), *spec))
+    def _batch_sharding(self, rank: int, batch_axis: int) -> NamedSharding:
+        spec = self.options.sharding.activation(rank - batch_axis)
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, *spec))
 
     def abstract_batch(self) -> Batch:
         """Shapes of one step's batch, (A, B, T)."""
         training = self.config.training
         shape = (training.microbatches, self.micro_batch, training.sequence_length)
-        sharding = self._batch_sharding(3)
-        tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-        return Batch(tokens, tokens, mask)
+
+        def array(shape: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch_sharding(len(shape), 1))
+
+        tokens, mask, source = array(shape, jnp.int32), array(shape, jnp.float32), array(shape[:2], jnp.int32)
+        documents = Documents(tokens, tokens) if self.config.data.document_masks else None
+        return Batch(tokens, tokens, mask, mask, source, documents)
 
     def place_step_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """Host arrays `inputs`, `targets`, `mask` of shape (sequences, T) -> micro-batches (A, B, T) on the mesh."""
-        training = self.config.training
-        return self._place({name: x.reshape(training.microbatches, -1, x.shape[-1]) for name, x in arrays.items()})
+        """A loader's batch (data/loader.py) of the sequences of one step -> micro-batches (A, B, T) on the mesh."""
+        shape = (self.config.training.microbatches, self.micro_batch)
+        return self._place({name: x.reshape(*shape, *x.shape[1:]) for name, x in arrays.items()}, batch_axis=1)
 
     def place_validation_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """Host arrays `inputs`, `targets`, `mask` of shape (B, T) on the mesh."""
-        return self._place(arrays)
+        """A loader's batch (B, T) on the mesh."""
+        return self._place(arrays, batch_axis=0)
 
-    def _place(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        sharding = self._batch_sharding(arrays["inputs"].ndim)
-        inputs, targets = (jax.device_put(arrays[name], sharding) for name in ("inputs", "targets"))
-        return Batch(inputs, targets, jax.device_put(arrays["mask"].astype(np.float32), sharding))
+    def _place(self, arrays: Mapping[str, np.ndarray], *, batch_axis: int) -> Batch:
+        def put(name: str, dtype: Any) -> jax.Array:
+            array = arrays[name].astype(dtype, copy=False)
+            return jax.device_put(array, self._batch_sharding(array.ndim, batch_axis))
+
+        documents = None
+        if self.config.data.document_masks:
+            documents = Documents(put("segments", np.int32), put("positions", np.int32))
+        return Batch(
+            inputs=put("inputs", np.int32),
+            targets=put("targets", np.int32),
+            mask=put("mask", np.float32),
+            loss_mask=put("loss_mask", np.float32),
+            source=put("source", np.int32),
+            documents=documents,
+        )
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The step lowered from shapes alone: no weight is made, so it works for a model that fits nowhere."""
@@ -110,5 +127,5 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
         abstract_parameters=_placed(abstract_parameters, mesh),
         transformation=transformation,
         train_step=jax.jit(step, donate_argnums=0),
-        validate=make_validate(config.model, graphdef),
+        validate=make_validate(config.model, graphdef, len(source_names(config.data))),
     )

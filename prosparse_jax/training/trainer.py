@@ -20,9 +20,11 @@ from prosparse_jax import checkpoint, config_checks
 from prosparse_jax.config import Config
 from prosparse_jax.config_io import config_to_dict
 from prosparse_jax.data.loader import training_iterator, validation_batches
+from prosparse_jax.data.sources import source_names
 from prosparse_jax.data.token_cache import prepare_tokens
 from prosparse_jax.errors import ConfigError
-from prosparse_jax.evaluation.validation import Validation, run_validation
+from prosparse_jax.evaluation.report import source_table
+from prosparse_jax.evaluation.validation import run_validation
 from prosparse_jax.interop.huggingface import tokenizer_notes
 from prosparse_jax.interop.weights import WeightSource
 from prosparse_jax.model.transformer import activation_parameters
@@ -33,10 +35,12 @@ from prosparse_jax.observe.plots import plot_run
 from prosparse_jax.observe.progress import Progress, standard_console
 from prosparse_jax.training.initialise import assets_to_keep, choose_tokenizer, find_source, starting_parameters
 from prosparse_jax.training.interrupt import StopRequest
+from prosparse_jax.training.records import source_rows, training_record, validation_record
 from prosparse_jax.training.run_directory import CHECKPOINTS, claimed, run_directory, step_to_resume
 from prosparse_jax.training.setup import Program, build_program
 from prosparse_jax.training.state import TrainState, initial_state
 from prosparse_jax.training.step import StepMetrics
+from prosparse_jax.training.telemetry import WAIT_LINES, Telemetry
 
 
 class RunResult(NamedTuple):
@@ -48,69 +52,6 @@ class RunResult(NamedTuple):
     """A signal stopped it before its last step; its state is saved and it can be resumed."""
     summary: dict[str, Any]
     """What summary.json holds."""
-
-
-class _Rate:
-    """Tokens per second of training alone: validation, saving and compiling do not count."""
-
-    def __init__(self) -> None:
-        self._tokens = self._total_tokens = 0
-        self._seconds = self._total_seconds = 0.0
-        self._mark = time.perf_counter()
-
-    def start(self) -> None:
-        """Time counts from now on."""
-        self._mark = time.perf_counter()
-
-    def stop(self) -> None:
-        """Time does not count until `start`."""
-        self._seconds += time.perf_counter() - self._mark
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def take(self) -> float:
-        """Tokens per second since the last call."""
-        self.stop()
-        tokens, seconds = self._tokens, self._seconds
-        self._total_tokens, self._total_seconds = self._total_tokens + tokens, self._total_seconds + seconds
-        self._tokens, self._seconds = 0, 0.0
-        self.start()
-        return tokens / seconds
-
-    def mean(self) -> float:
-        """Tokens per second over all that was taken; 0 before anything was."""
-        return self._total_tokens / self._total_seconds if self._total_seconds else 0.0
-
-
-def training_record(step: int, metrics: StepMetrics, tokens_per_second: float) -> dict[str, Any]:
-    """One line of metrics.jsonl from the metrics of step `step`, already on the host."""
-    return {
-        "step": step,
-        "loss": float(metrics.loss),
-        "l1": float(metrics.l1),
-        "lambda": float(metrics.l1_factor),
-        "sparsity": float(np.mean(metrics.sparsity_L)),
-        "learning_rate": float(metrics.learning_rate),
-        "tokens_per_second": tokens_per_second,
-        "gradient_norm": float(metrics.gradient_norm),
-        "mean_abs_intermediate": float(metrics.mean_abs_intermediate),
-        "skipped_updates": int(metrics.skipped_updates),
-        "sparsity_per_layer": [float(share) for share in metrics.sparsity_L],
-    }
-
-
-def validation_record(step: int, validation: Validation) -> dict[str, Any]:
-    """One line of validation.jsonl."""
-    return {
-        "step": step,
-        "loss": validation.loss,
-        "perplexity": validation.perplexity,
-        "sparsity": validation.sparsity,
-        "never_fired_share": validation.never_fired_share,
-        "tokens": validation.tokens,
-        "sparsity_per_layer": validation.sparsity_per_layer,
-    }
 
 
 @dataclasses.dataclass
@@ -128,7 +69,7 @@ class _Loop:
     peak: Peak
     start: int
     """Steps done before this process."""
-    rate: _Rate = dataclasses.field(default_factory=_Rate)
+    telemetry: Telemetry
     skipped_updates: int = 0
 
     def run(self) -> tuple[int, bool]:
@@ -138,7 +79,7 @@ class _Loop:
         # Those of a resumed run were reported before.
         self.skipped_updates = int(self.state.skipped_updates)
         with StopRequest() as stop, jax.transfer_guard("disallow"):
-            self.rate.start()
+            self.telemetry.start()
             while True:
                 done, stopping = step == config.training.steps, stop.requested
                 # A run that is asked to stop saves at once, since it may be killed soon; what validation is due at this
@@ -149,18 +90,18 @@ class _Loop:
                 if validates or saves:
                     # Steps that still run count as training.
                     jax.block_until_ready(self.state.step)
-                self.rate.stop()
+                self.telemetry.stop()
                 if validates:
                     self._validate(step)
                 if saves:
                     self._save(step)
-                self.rate.start()
+                self.telemetry.start()
                 if done or stopping:
                     return step, not done
-                batch = self.program.place_step_batch(next(self.iterator))
-                self.state, metrics = compiled(self.state, batch)
+                arrays = self.telemetry.next_batch(self.iterator, self.state.step)
+                self.state, metrics = compiled(self.state, self.program.place_step_batch(arrays))
                 step += 1
-                self.rate.add(config.training.sequences_per_step * config.training.sequence_length)
+                self.telemetry.add(metrics)
                 if step % config.logging.every == 0 or step == config.training.steps:
                     self._log(step, jax.device_get(metrics))
 
@@ -178,7 +119,7 @@ class _Loop:
             validation = run_validation(
                 self.program.validate, self.state.parameters, batches, settings_SL, model.ffn_width
             )[0]
-        record = validation_record(step, validation)
+        record = validation_record(step, validation, source_names(self.program.config.data))
         self.writer.write_validation(record)
         sparsity = f"  sparsity {100 * record['sparsity']:.1f} %" if model.ffn_width else ""
         self.progress.message(
@@ -197,14 +138,27 @@ class _Loop:
         )
 
     def _log(self, step: int, metrics: StepMetrics) -> None:
-        config, tokens_per_second = self.program.config, self.rate.take()
-        record = training_record(step, metrics, tokens_per_second)
+        config, interval = self.program.config, self.telemetry.take()
+        record = training_record(
+            step,
+            metrics,
+            interval,
+            source_names=source_names(config.data),
+            neurons=config.model.num_layers * config.model.ffn_width,
+            iterator=self.iterator,
+        )
         flops = model_flops_per_token(config.model, config.training.sequence_length)
-        record[self.peak.metric] = self.peak.share(tokens_per_second * flops, self.program.mesh.size)
+        record[self.peak.metric] = self.peak.share(interval.tokens_per_second * flops, self.program.mesh.size)
         self.writer.write_training(record)
-        # A model without FFNs has no sparsity to show.
-        hidden = () if config.model.ffn_width else ("sparsity", "l1")
+        # A model without FFNs has no sparsity to show; sequences without padding need no word.
+        hidden = set() if config.model.ffn_width else {"sparsity", "l1"}
+        hidden |= set() if interval.packing_efficiency < 1 else {"packing_efficiency"}
         self.progress.update({name: value for name, value in record.items() if name not in hidden})
+        if (share := self.telemetry.slow_loader()) is not None:
+            self.progress.message(
+                f"warning: step {step}: over the last {WAIT_LINES} lines training waited {100 * share:.1f} % of the time "
+                "for data; prepare the tokens beforehand, keep them on a faster disk, or leave more CPU cores free"
+            )
         if record["skipped_updates"] > self.skipped_updates:
             self.progress.message(
                 f"step {step}: {record['skipped_updates'] - self.skipped_updates} updates skipped since the last line, "
@@ -289,9 +243,13 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             loop = _Loop(
                 program, state, iterator, list(validation_arrays), assets_to_keep(tokenizer, assets), store, writer,
                 progress, peak_flops(jax.devices()[0]), start,
+                Telemetry(training.sequences_per_step * training.sequence_length),
             )  # fmt: skip
             step, interrupted = loop.run()
-    return _finish(config, loop, step, interrupted, time.perf_counter() - began)
+    result = _finish(config, loop, step, interrupted, time.perf_counter() - began)
+    if rows := result.summary.get("sources"):
+        console.print(source_table(result.summary["validation"], rows))
+    return result
 
 
 def _finish(config: Config, loop: _Loop, step: int, interrupted: bool, wall_seconds: float) -> RunResult:
@@ -304,10 +262,12 @@ def _finish(config: Config, loop: _Loop, step: int, interrupted: bool, wall_seco
         "step": step,
         "steps": config.training.steps,
         "wall_seconds": wall_seconds + earlier.get("wall_seconds", 0.0),
-        "tokens_per_second": loop.rate.mean() or earlier.get("tokens_per_second", 0.0),
+        "tokens_per_second": loop.telemetry.mean_tokens_per_second() or earlier.get("tokens_per_second", 0.0),
         "skipped_updates": int(loop.state.skipped_updates),
         "validation": validations[-1] if validations else None,
     }
+    if rows := source_rows(summary["validation"]):
+        summary["sources"] = rows
     write_json_atomic(directory / "summary.json", summary)
     # A run that was stopped before its first log line has nothing to plot.
     if (directory / TRAINING_FILE).stat().st_size:
