@@ -76,8 +76,9 @@ def step_to_resume(
 ) -> int | None:
     """The saved step that this run continues from, or None to start anew.
 
-    Raises ConfigError when a run is there and `resume` is false, or when its model, seed, sequence shape or L1
-    reduction differ from the config's. Other changed fields are reported through `say`.
+    Checkpoints that are damaged are passed over, which is said. Raises ConfigError when a run is there and `resume` is
+    false, or when its model, seed, sequence shape or L1 reduction differ from the config's, and CheckpointError when all
+    checkpoints are damaged. Other changed fields are reported through `say`.
     """
     directory, latest = run_directory(config), store.latest_step()
     if latest is None:
@@ -91,6 +92,8 @@ def step_to_resume(
                 "--run-directory or --name, or delete the folder"
             ]
         )
+    latest = store.newest_sound_step(say)
+    assert latest is not None
     path = checkpoint.find_checkpoint(store.directory)
     stored = config_from_dict(checkpoint.read_config(path), source=str(path))
     changed = [

@@ -63,18 +63,26 @@ class Program:
         return Batch(tokens, tokens, mask)
 
     def place_step_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """Host arrays `inputs`, `targets`, `mask` of shape (sequences, T) -> micro-batches (A, B, T) on the mesh."""
-        training = self.config.training
-        return self._place({name: x.reshape(training.microbatches, -1, x.shape[-1]) for name, x in arrays.items()})
+        """Host arrays `inputs`, `targets`, `mask` of shape (sequences, T) -> micro-batches (A, B, T) on the mesh.
+
+        With several processes each gives its own part of the sequences.
+        """
+        batch = self.abstract_batch()
+
+        def place(name: str, abstract: Any) -> jax.Array:
+            local = arrays[name].reshape(abstract.shape[0], -1, abstract.shape[-1]).astype(abstract.dtype)
+            return jax.make_array_from_process_local_data(abstract.sharding, local, abstract.shape)
+
+        return Batch(*map(place, Batch._fields, batch))
 
     def place_validation_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """Host arrays `inputs`, `targets`, `mask` of shape (B, T) on the mesh."""
-        return self._place(arrays)
+        """Host arrays `inputs`, `targets`, `mask` of shape (B, T), the same in every process, on the mesh."""
+        sharding = self._batch_sharding(2)
 
-    def _place(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        sharding = self._batch_sharding(arrays["inputs"].ndim)
-        inputs, targets = (jax.device_put(arrays[name], sharding) for name in ("inputs", "targets"))
-        return Batch(inputs, targets, jax.device_put(arrays["mask"].astype(np.float32), sharding))
+        def place(values: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+
+        return Batch(place(arrays["inputs"]), place(arrays["targets"]), place(arrays["mask"].astype(np.float32)))
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The step lowered from shapes alone: no weight is made, so it works for a model that fits nowhere."""
