@@ -192,6 +192,13 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def _gathered(values: np.ndarray) -> np.ndarray:
+    """The values of all processes, stacked by process."""
+    # A training loop forbids implicit transfers; here they are the purpose.
+    with jax.transfer_guard("allow"):
+        return np.asarray(multihost_utils.process_allgather(values))
+
+
 @contextlib.contextmanager
 def together(task: str) -> Iterator[None]:
     """A block that every process runs: an exception on one becomes one on all, so that none waits for it for ever.
@@ -207,7 +214,7 @@ def together(task: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.array(failure is not None)))
+    failed = np.flatnonzero(_gathered(np.array(failure is not None)))
     if failure is not None:
         raise failure
     if failed.size:
@@ -219,7 +226,7 @@ def any_process(condition: bool) -> bool:
     """Whether `condition` holds on at least one process. All must call it."""
     if jax.process_count() == 1:
         return condition
-    return bool(np.any(multihost_utils.process_allgather(np.array(condition))))
+    return bool(np.any(_gathered(np.array(condition))))
 
 
 def from_first(task: str, compute: Callable[[], int | None]) -> int | None:
@@ -230,7 +237,7 @@ def from_first(task: str, compute: Callable[[], int | None]) -> int | None:
             value = compute()
     if jax.process_count() == 1:
         return value
-    shared = int(multihost_utils.broadcast_one_to_all(np.int32(-2 if value is None else value)))
+    shared = int(_gathered(np.array(-2 if value is None else value, np.int32))[0])
     return None if shared == -2 else shared
 
 
@@ -245,7 +252,7 @@ def check_same_everywhere(config: Mapping[str, Any]) -> None:
         return
     mine = versions() | {"configuration": json.dumps(config, sort_keys=True, default=str)}
     digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in mine.values()])
-    everyone = np.asarray(multihost_utils.process_allgather(digests))
+    everyone = _gathered(digests)
     problems = []
     for row, (name, text) in enumerate(mine.items()):
         other = [

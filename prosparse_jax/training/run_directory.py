@@ -110,4 +110,5 @@ def step_to_resume(
         raise ConfigError(fixed)
     for line in changed:
         say(f"resuming with a changed config: {line}")
+    say(f"resuming from the checkpoint of step {latest}")
     return latest

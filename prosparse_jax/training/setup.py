@@ -73,7 +73,9 @@ class Program:
             local = arrays[name].reshape(abstract.shape[0], -1, abstract.shape[-1]).astype(abstract.dtype)
             return jax.make_array_from_process_local_data(abstract.sharding, local, abstract.shape)
 
-        return Batch(*map(place, Batch._fields, batch))
+        # The loop forbids implicit transfers; this one is meant.
+        with jax.transfer_guard_host_to_device("allow"):
+            return Batch(*map(place, Batch._fields, batch))
 
     def place_validation_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
         """Host arrays `inputs`, `targets`, `mask` of shape (B, T), the same in every process, on the mesh."""
