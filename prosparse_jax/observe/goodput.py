@@ -82,36 +82,3 @@ class CompileCounter:
             "train_step": sum(count for name, count in self.counts.items() if "train_step" in name),
             "seconds": self.seconds,
         }
-
-
-class Rate:
-    """Tokens per second of training alone: validation, saving and compiling do not count."""
-
-    def __init__(self) -> None:
-        self._tokens = self._total_tokens = 0
-        self._seconds = self._total_seconds = 0.0
-        self._mark = time.perf_counter()
-
-    def start(self) -> None:
-        """Time counts from now on."""
-        self._mark = time.perf_counter()
-
-    def stop(self) -> None:
-        """Time does not count until `start`."""
-        self._seconds += time.perf_counter() - self._mark
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def take(self) -> float:
-        """Tokens per second since the last call."""
-        self.stop()
-        tokens, seconds = self._tokens, self._seconds
-        self._total_tokens, self._total_seconds = self._total_tokens + tokens, self._total_seconds + seconds
-        self._tokens, self._seconds = 0, 0.0
-        self.start()
-        return tokens / seconds
-
-    def mean(self) -> float:
-        """Tokens per second over all that was taken; 0 before anything was."""
-        return self._total_tokens / self._total_seconds if self._total_seconds else 0.0

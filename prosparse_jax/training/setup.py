@@ -1,7 +1,7 @@
 """Everything static of a run: mesh, model, optimizer, and the two compiled programs, built from a config."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -67,24 +67,20 @@ class Program:
 
         With several processes each gives its own part of the sequences.
         """
-        batch = self.abstract_batch()
-
-        def place(name: str, abstract: Any) -> jax.Array:
-            local = arrays[name].reshape(abstract.shape[0], -1, abstract.shape[-1]).astype(abstract.dtype)
-            return jax.make_array_from_process_local_data(abstract.sharding, local, abstract.shape)
-
-        # The loop forbids implicit transfers; this one is meant.
-        with jax.transfer_guard_host_to_device("allow"):
-            return Batch(*map(place, Batch._fields, batch))
+        training = self.config.training
+        parts = {name: x.reshape(training.microbatches, -1, x.shape[-1]) for name, x in arrays.items()}
+        return self._place(parts, jax.make_array_from_process_local_data)
 
     def place_validation_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
         """Host arrays `inputs`, `targets`, `mask` of shape (B, T), the same in every process, on the mesh."""
-        sharding = self._batch_sharding(2)
+        return self._place(arrays, lambda sharding, x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__))
 
-        def place(values: np.ndarray) -> jax.Array:
-            return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
-
-        return Batch(place(arrays["inputs"]), place(arrays["targets"]), place(arrays["mask"].astype(np.float32)))
+    def _place(self, arrays: Mapping[str, np.ndarray], put: Callable[[NamedSharding, np.ndarray], jax.Array]) -> Batch:
+        sharding = self._batch_sharding(arrays["inputs"].ndim)
+        # The loop forbids implicit transfers; these are meant.
+        with jax.transfer_guard_host_to_device("allow"):
+            inputs, targets = (put(sharding, arrays[name]) for name in ("inputs", "targets"))
+            return Batch(inputs, targets, put(sharding, arrays["mask"].astype(np.float32)))
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The step lowered from shapes alone: no weight is made, so it works for a model that fits nowhere."""

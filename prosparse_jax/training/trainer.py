@@ -26,10 +26,10 @@ from prosparse_jax.interop.weights import WeightSource
 from prosparse_jax.model.transformer import activation_parameters
 from prosparse_jax.observe.files import TRAINING_FILE, VALIDATION_FILE, read_jsonl, write_json_atomic
 from prosparse_jax.observe.flops import Peak, model_flops_per_token, peak_flops
-from prosparse_jax.observe.goodput import CompileCounter, Goodput, Rate
+from prosparse_jax.observe.goodput import CompileCounter, Goodput
 from prosparse_jax.observe.metrics import MetricsWriter
 from prosparse_jax.observe.plots import plot_run
-from prosparse_jax.observe.profiling import ProfilerWindow, explaining_out_of_memory
+from prosparse_jax.observe.profiler import ProfilerWindow, explaining_out_of_memory
 from prosparse_jax.observe.progress import Progress, standard_console
 from prosparse_jax.parallel import distributed
 from prosparse_jax.training.initialise import starting_parameters
@@ -51,6 +51,39 @@ class RunResult(NamedTuple):
     """A signal stopped it before its last step; its state is saved and it can be resumed."""
     summary: dict[str, Any]
     """What summary.json holds; empty in all processes but the first."""
+
+
+class _Rate:
+    """Tokens per second of training alone: validation, saving and compiling do not count."""
+
+    def __init__(self) -> None:
+        self._tokens = self._total_tokens = 0
+        self._seconds = self._total_seconds = 0.0
+        self._mark = time.perf_counter()
+
+    def start(self) -> None:
+        """Time counts from now on."""
+        self._mark = time.perf_counter()
+
+    def stop(self) -> None:
+        """Time does not count until `start`."""
+        self._seconds += time.perf_counter() - self._mark
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def take(self) -> float:
+        """Tokens per second since the last call."""
+        self.stop()
+        tokens, seconds = self._tokens, self._seconds
+        self._total_tokens, self._total_seconds = self._total_tokens + tokens, self._total_seconds + seconds
+        self._tokens, self._seconds = 0, 0.0
+        self.start()
+        return tokens / seconds
+
+    def mean(self) -> float:
+        """Tokens per second over all that was taken; 0 before anything was."""
+        return self._total_tokens / self._total_seconds if self._total_seconds else 0.0
 
 
 def training_record(step: int, metrics: StepMetrics, tokens_per_second: float) -> dict[str, Any]:
@@ -101,7 +134,7 @@ class _Loop:
     """Steps done before this process."""
     goodput: Goodput
     rollbacks: Rollbacks
-    rate: Rate = dataclasses.field(default_factory=Rate)
+    rate: _Rate = dataclasses.field(default_factory=_Rate)
     skipped_updates: int = 0
     health: Health = dataclasses.field(init=False)
     saved: int = dataclasses.field(init=False)
@@ -384,6 +417,7 @@ def _finish(loop: _Loop, compiles: CompileCounter, step: int, interrupted: bool)
         "name": config.name,
         "step": step,
         "steps": config.training.steps,
+        "finished": step == config.training.steps,
         "wall_seconds": sum(seconds.values()) + earlier.get("wall_seconds", 0.0),
         "goodput": goodput,
         "compiles": compiles.summary(),
