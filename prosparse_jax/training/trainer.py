@@ -391,7 +391,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         progress = stack.enter_context(Progress(config.training.steps, start_step=start, console=console))
         loop = _Loop(
             program, state, inputs.iterator, inputs.validation_arrays, inputs.assets, store, writer, progress,
-            peak_flops(jax.devices()[0]), start, goodput, rollbacks,
+            peak_flops(jax.local_devices()[0]), start, goodput, rollbacks,
         )  # fmt: skip
         step, interrupted = loop.run()
         goodput.charge("other")
