@@ -196,8 +196,8 @@ class CheckpointStore:
         if checkpoint_integrity.has_manifest(checkpoint):
             return checkpoint_integrity.damage(checkpoint)
         try:
+            # Metadata only: Orbax waits for all processes when it loads anything else.
             _stored_shapes(checkpoint, ["parameters", "optimizer"])
-            read_config(checkpoint)
         except CheckpointError as error:
             return [str(error)]
         say(f"note: {checkpoint} has no checksums (killed right after the save, or of an older version): not checked")

@@ -11,6 +11,7 @@ from prosparse_jax import checkpoint
 from prosparse_jax.config import Config
 from prosparse_jax.config_io import config_from_dict, config_to_dict
 from prosparse_jax.errors import ConfigError
+from prosparse_jax.parallel import distributed
 
 CHECKPOINTS = "checkpoints"
 
@@ -92,7 +93,7 @@ def step_to_resume(
                 "--run-directory or --name, or delete the folder"
             ]
         )
-    latest = store.newest_sound_step(say)
+    latest = distributed.from_first("find a sound checkpoint", lambda: store.newest_sound_step(say))
     assert latest is not None
     path = checkpoint.find_checkpoint(store.directory)
     stored = config_from_dict(checkpoint.read_config(path), source=str(path))

@@ -374,9 +374,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
             store = stack.enter_context(checkpoint.CheckpointStore(directory / CHECKPOINTS, **keep))
         stack.enter_context(jax.set_mesh(program.mesh))
-        saved = distributed.from_first(
-            "find what to continue from", lambda: step_to_resume(config, store, resume=resume, say=say)
-        )
+        saved = step_to_resume(config, store, resume=resume, say=say)
         with distributed.together("read the text"):
             inputs = read_inputs(program, store, saved, say)
         state = _starting_state(program, store, saved, inputs.source, inputs.iterator)
