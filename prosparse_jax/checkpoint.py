@@ -31,6 +31,7 @@ from prosparse_jax import checkpoint_integrity
 from prosparse_jax.checkpoint_position import restore_position
 from prosparse_jax.checkpoint_trees import abstract, describe, named_leaves, nest, stored_leaves
 from prosparse_jax.errors import CheckpointError, SaveError
+from prosparse_jax.parallel import distributed
 
 PyTree = Any
 
@@ -169,11 +170,8 @@ class CheckpointStore:
     def newest_sound_step(self, say: Callable[[str], None]) -> int | None:
         """Step of the newest checkpoint whose files are those that were written; None if there is no checkpoint.
 
-        Reads all of it. A damaged one is renamed to `<step>.damaged`, which `say` is told, and the one before is looked
-        at. One process calls it.
-
-        Raises:
-            CheckpointError: There are checkpoints, and all are damaged.
+        Reads all of it. A damaged one is renamed to `<step>.damaged`, as `say` is told, and the one before is looked at.
+        One process calls it. Raises CheckpointError when there are checkpoints and all are damaged.
         """
         steps = sorted(_steps(self.directory), reverse=True)
         for step in steps:
@@ -196,15 +194,14 @@ class CheckpointStore:
         if checkpoint_integrity.has_manifest(checkpoint):
             return checkpoint_integrity.damage(checkpoint)
         try:
-            # Metadata only: Orbax waits for all processes when it loads anything else.
-            _stored_shapes(checkpoint, ["parameters", "optimizer"])
+            _stored_shapes(checkpoint, ["parameters", "optimizer"])  # Only other loads wait for all processes.
         except CheckpointError as error:
             return [str(error)]
         say(f"note: {checkpoint} has no checksums (killed right after the save, or of an older version): not checked")
         return []
 
     def discard_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps, whose run is abandoned. One process calls it, with no save under way."""
+        """Deletes the checkpoints of later steps. One process calls it, while no save is under way."""
         for later in _steps(self.directory):
             if later > step:
                 (self.directory / str(later)).rename(self.directory / f"{later}{_UNFINISHED}")
@@ -245,7 +242,9 @@ class CheckpointStore:
                 "Continue from it, or choose another run_directory."
             )
         arrays = nest(stored_leaves({"parameters": parameters, "optimizer": optimizer}))
-        _check_room(self.directory, arrays, config, assets)
+        # Before Orbax begins, since its processes then wait for each other.
+        with distributed.together("make room for a checkpoint"):
+            _check_room(self.directory, arrays, config, assets)
         with self._reporting_failure(step):
             response = ocp.save_checkpointables_async(
                 str(self.directory / str(step)),

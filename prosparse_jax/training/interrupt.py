@@ -17,7 +17,7 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Context manager; `requested(step)` turns true after the first SIGINT or SIGTERM. A second one acts as usual.
+    """Context manager; `requested()` turns true after the first SIGINT or SIGTERM. A second one acts as usual.
 
     A thread sees the signal even while the main one is inside a compilation, a hung file system or a collective. Before
     `ready` is called there is nothing to save, and it ends the process at once; afterwards it does so when the run has
@@ -36,11 +36,13 @@ class StopRequest:
         self._requested = self._ready = False
         self._ended = threading.Event()
         self._previous: dict[int, object] = {}
-        self._several = jax.process_count() > 1
+        self._several, self._asked = jax.process_count() > 1, 0
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop before step `step` + 1. Several processes must all ask at every step."""
-        if self._several and not self._requested and multihost_utils.reached_preemption_sync_point(step):
+    def requested(self) -> bool:
+        """Whether to stop before the next step. Several processes must all ask at every step."""
+        self._asked += 1
+        # Counted here: a rollback makes the numbers of steps go back.
+        if self._several and not self._requested and multihost_utils.reached_preemption_sync_point(self._asked):
             self._requested = True
             self._watch(signal.SIGTERM)
         return self._requested

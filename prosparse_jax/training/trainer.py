@@ -167,7 +167,7 @@ class _Loop:
         self.saved = step
         self.rate.start()
         while True:
-            done, stopping = step == config.training.steps, stop.requested(step)
+            done, stopping = step == config.training.steps, stop.requested()
             # A run that is asked to stop saves at once, since it may be killed soon; what validation is due at this
             # step, the resumed run does first.
             validates = done or (step % config.logging.evaluate_every == 0 and not stopping)
@@ -249,6 +249,8 @@ class _Loop:
             yield
         except SaveError as error:
             failure = error
+        except distributed.OtherProcessError as error:
+            failure = SaveError(str(error))
         if distributed.any_process(failure is not None):
             self.unsaved = failure or SaveError("another process could not write its part of the checkpoint")
             if not last:
@@ -377,7 +379,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         saved = step_to_resume(config, store, resume=resume, say=say)
         with distributed.together("read the text"):
             inputs = read_inputs(program, store, saved, say)
-        state = _starting_state(program, store, saved, inputs.source, inputs.iterator)
+        with explaining_out_of_memory(directory):
+            state = _starting_state(program, store, saved, inputs.source, inputs.iterator)
         start, writer = saved or 0, None
         with distributed.together("write into the run directory"):
             rollbacks = Rollbacks.read(directory, start)
