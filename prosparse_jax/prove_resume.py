@@ -51,10 +51,9 @@ class Survived(NamedTuple):
         return self.reached - self.resumed
 
 
-def _newest(run: Path) -> Path | None:
-    folder = run / "checkpoints"
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    return folder / str(max(steps)) if steps else None
+def _saved_steps(run: Path) -> list[int]:
+    """Steps of the complete checkpoints; what is unfinished or set aside has other names."""
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal())
 
 
 def _flip_a_bit(path: Path, rng: random.Random) -> None:
@@ -84,8 +83,9 @@ FAULTS = ("SIGKILL", "SIGTERM", *DAMAGE)
 def damage_newest(run: Path, kind: str, rng: random.Random) -> bool:
     """Damages one random file of the newest checkpoint of `run`, but for its manifest; False where nothing is done, because
     it has no checksums yet or is the only one."""
-    newest = _newest(run)
-    if newest is None or not (newest / MANIFEST).exists() or len(list(newest.parent.glob("[0-9]*"))) < 2:
+    steps = _saved_steps(run)
+    newest = run / "checkpoints" / str(max(steps, default=0))
+    if len(steps) < 2 or not (newest / MANIFEST).exists():
         return False
     files = sorted(
         path for path in newest.rglob("*") if path.is_file() and path.stat().st_size and path.name != MANIFEST
@@ -200,7 +200,7 @@ def _strike(life: _Life, run: Path, kind: str, rng: random.Random, spread: int) 
         life.process.wait()
     damaged = kind in DAMAGE and damage_newest(run, kind, rng)
     reached = read_jsonl(metrics)[-1]["step"]
-    steps = sorted(int(path.name) for path in (run / "checkpoints").glob("[0-9]*") if path.name.isdecimal())
+    steps = _saved_steps(run)
     sound = steps[:-1] if damaged else steps
     return kind if damaged or kind not in DAMAGE else "SIGKILL", reached, sound[-1] if sound else 0
 
