@@ -9,7 +9,8 @@ import jax
 
 KINDS = ("start", "compile", "data", "step", "validation", "save", "rollback", "other")
 """start: all before the compilation, preparing text and restoring included. data: the host waits for a batch, while the
-devices may still be busy with the step before. step: steps are dispatched, and their results waited for. other: plots."""
+devices may still be busy with the step before. step: steps are dispatched, and their results waited for. other: after
+the last step."""
 
 
 class Goodput:
