@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -144,7 +145,10 @@ class _Loop:
     def run(self) -> tuple[int, bool]:
         """Steps from `start` to the end, or to a stop request; returns the step reached and whether it was stopped."""
         config, step = self.program.config, self.start
-        say, directory = self.progress.message, run_directory(config)
+        directory, say = run_directory(config), self.progress.message
+        if not distributed.is_first():
+            # Its own loader and its own profile are nobody else's to report.
+            say = functools.partial(print, f"process {jax.process_index()}:", file=sys.stderr)
         profile = {"start": config.logging.profile_start, "steps": config.logging.profile_steps, "say": say}
         source = ", ".join(config.data.paths) or "the Python standard library"
         with (
