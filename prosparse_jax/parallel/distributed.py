@@ -7,40 +7,19 @@ is not sharded.
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import re
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from prosparse_jax.errors import ConfigError
-
-PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-"""What a launcher that is neither SLURM nor Open MPI sets: host:port of process 0, how many, and which this is."""
-CONNECT_SECONDS = "PROSPARSE_CONNECT_SECONDS"
-"""How long processes wait for each other at the start; 300 where it is not set."""
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "prosparse-jax")
-_PROBE_SECONDS = 0.5
-
-
-class Cluster(NamedTuple):
-    """The place of this process among several."""
-
-    launcher: str
-    coordinator: str
-    """host:port that process 0 listens on."""
-    process_count: int
-    process_index: int
-    local_device: int | None
-    """The only GPU of its machine that this process uses; None where it has the machine for itself."""
+from prosparse_jax.parallel.roll_call import CONNECT_SECONDS, PLAIN, Cluster, roll_call, versions
 
 
 def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
@@ -131,56 +110,28 @@ def _open_mpi(environment: Mapping[str, str]) -> Cluster | None:
 def connect(environment: Mapping[str, str] = os.environ) -> Cluster | None:
     """Joins the other processes, if the launcher started several. Call once, before JAX touches a device.
 
-    Raises ConfigError for variables that make no sense, a process 0 that cannot be reached, or processes that do not
-    all come.
+    Raises ConfigError for variables that make no sense, a process 0 that cannot be reached, processes that do not all
+    come, or other package versions on some of them.
     """
     if (cluster := find_cluster(environment)) is None:
         return None
     seconds = environment.get(CONNECT_SECONDS, "300")
     if not seconds.isdecimal() or int(seconds) < 1:
         raise ConfigError([f"{CONNECT_SECONDS}={seconds!r} must be a whole number of seconds"])
-    if cluster.process_index:
-        _wait_for_coordinator(cluster, int(seconds))
-    try:
-        jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.process_count,
-            cluster.process_index,
-            local_device_ids=cluster.local_device,
-            cluster_detection_method="deactivate",
-            initialization_timeout=int(seconds),
-        )
-    except RuntimeError as error:
-        raise ConfigError(
-            [
-                f"the {cluster.process_count} processes that {cluster.launcher} announces did not meet at "
-                f"{cluster.coordinator} within {seconds} s: {str(error).splitlines()[0]}; look at what the others print, "
-                f"check that the port is free, or raise {CONNECT_SECONDS}"
-            ]
-        ) from error
+    # JAX ends a process whose connection fails in the middle of C++, without a word that helps: so all meet here first.
+    if problems := roll_call(cluster, versions(), int(seconds)):
+        raise ConfigError(problems)
+    jax.distributed.initialize(
+        cluster.coordinator,
+        cluster.process_count,
+        cluster.process_index,
+        local_device_ids=cluster.local_device,
+        cluster_detection_method="deactivate",
+        initialization_timeout=int(seconds),
+    )
     if cluster.process_index:
         logging.getLogger("prosparse_jax").setLevel(logging.ERROR)
     return cluster
-
-
-def _wait_for_coordinator(cluster: Cluster, seconds: int) -> None:
-    """JAX ends a process whose connection fails without a word that helps, so the port is tried first."""
-    host, _, port = cluster.coordinator.rpartition(":")
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            with socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS):
-                return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    [
-                        f"process {cluster.process_index} of {cluster.process_count} cannot reach process 0 at "
-                        f"{cluster.coordinator} ({error}) after {seconds} s; check that it runs, that the address is one "
-                        f"the other machines know, and that no firewall closes the port (or raise {CONNECT_SECONDS})"
-                    ]
-                ) from error
-            time.sleep(_PROBE_SECONDS)
 
 
 class OtherProcessError(ConfigError):
@@ -241,29 +192,15 @@ def from_first(task: str, compute: Callable[[], int | None]) -> int | None:
     return None if shared == -2 else shared
 
 
-def versions() -> dict[str, str]:
-    """Versions that all processes must share: another one may compute or write something else."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
 def check_same_everywhere(config: Mapping[str, Any]) -> None:
-    """Raises ConfigError, on every process, unless all run the same package versions and the same configuration."""
+    """Raises ConfigError, on every process, unless all have the same configuration."""
     if jax.process_count() == 1:
         return
-    mine = versions() | {"configuration": json.dumps(config, sort_keys=True, default=str)}
-    digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in mine.values()])
-    everyone = _gathered(digests)
-    problems = []
-    for row, (name, text) in enumerate(mine.items()):
-        other = [
-            process for process in range(len(everyone)) if not np.array_equal(everyone[process, row], digests[row])
-        ]
-        if other:
-            value = "" if name == "configuration" else f" {text}"
-            processes = ", ".join(map(str, other))
-            problems.append(
-                f"process {jax.process_index()} has {name}{value}, process {processes} another; start all alike"
-            )
-    # Where two processes agree with each other, a third may still differ from both.
-    if any_process(bool(problems)):
-        raise ConfigError(problems or ["other processes differ from each other in versions or configuration"])
+    text = json.dumps(config, sort_keys=True, default=str)
+    digests = _gathered(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+    other = [index for index, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]
+    if other:
+        names = ", ".join(map(str, other))
+        raise ConfigError(
+            [f"process {names} has another configuration than process 0; start all with the same arguments"]
+        )

@@ -1,4 +1,4 @@
-"""The launch files' own logic, with stand-ins for the programs they start: an unfinished run goes on, a broken one does not."""
+"""The launch files' own logic, with stand-ins for what they start: an unfinished run goes on, a broken one does not."""
 
 import os
 import signal

@@ -1,12 +1,15 @@
 """Which processes belong together, from the variables of real launchers, and what is said when they make no sense."""
 
+import contextlib
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from prosparse_jax.errors import ConfigError
-from prosparse_jax.parallel.distributed import Cluster, connect, find_cluster
+from prosparse_jax.parallel.distributed import connect, find_cluster
+from prosparse_jax.parallel.roll_call import Cluster, roll_call
 
 PLAIN = {"JAX_COORDINATOR_ADDRESS": "node1:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 SLURM = {
@@ -114,3 +117,58 @@ def test_an_unreachable_coordinator_is_told_after_the_timeout():
         with pytest.raises(ConfigError, match=f"process 2 of 4 cannot reach process 0 at {address} .* after 1 s"):
             connect(PLAIN | {"JAX_COORDINATOR_ADDRESS": address, "PROSPARSE_CONNECT_SECONDS": "1"})
         assert time.monotonic() - began >= 1
+
+
+def called(*hellos: tuple[int, int, dict[str, str]], count: int, seconds: float = 20.0) -> list[list[str]]:
+    """What each process of a roll call is told; each is (index, count that it was told of, versions)."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(roll_call, Cluster("a test", address, count, 0, None), SAME, seconds)
+        scan(address)
+        others = [
+            pool.submit(roll_call, Cluster("a test", address, told, index, None), theirs, seconds)
+            for index, told, theirs in hellos
+        ]
+        return [future.result() for future in (first, *others)]
+
+
+def scan(address: str) -> None:
+    """Connects as a port scanner does, and says something else."""
+    host, _, port = address.rpartition(":")
+    for _ in range(100):
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"GET / HTTP/1.1\n")
+            return
+        time.sleep(0.05)
+
+
+SAME = {"jax": "0.12.0"}
+
+
+def test_all_come():
+    assert called((1, 3, SAME), (2, 3, SAME), count=3) == [[], [], []]
+
+
+def test_other_versions_and_counts_are_told_to_all():
+    told = called((1, 3, {"jax": "0.11.2"}), (2, 4, SAME), count=3)
+    assert told[0] == told[1] == told[2]
+    assert told[0] == [
+        "process 1 has jax 0.11.2, process 0 has 0.12.0; install the same everywhere",
+        "process 2 was told of 4 processes, process 0 of 3; give all the same number",
+    ]
+
+
+def test_a_process_that_does_not_come():
+    told = called((1, 3, SAME), count=3, seconds=2)
+    assert told[0] == told[1]
+    assert "process 2 of the 3 of a test did not come to localhost:" in told[0][0]
+    assert "within 2 s" in told[0][0]
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match="process 0 cannot listen at"):
+            roll_call(Cluster("a test", address, 2, 0, None), SAME, 1)
