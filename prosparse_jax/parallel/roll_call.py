@@ -111,7 +111,7 @@ def _differences(
     found = []
     if missing := [str(index) for index in range(1, cluster.process_count) if index not in hellos]:
         found.append(
-            f"process {', '.join(missing)} of the {cluster.process_count} of {cluster.launcher} did not come to "
+            f"process {', '.join(missing)} of {cluster.process_count} (announced by {cluster.launcher}) did not come to "
             f"{cluster.coordinator} within {seconds:g} s; look at what they print (or raise {CONNECT_SECONDS})"
         )
     for index, hello in sorted(hellos.items()):

@@ -163,7 +163,7 @@ def test_other_versions_and_counts_are_told_to_all():
 def test_a_process_that_does_not_come():
     told = called((1, 3, SAME), count=3, seconds=2)
     assert told[0] == told[1]
-    assert "process 2 of the 3 of a test did not come to localhost:" in told[0][0]
+    assert "process 2 of 3 (announced by a test) did not come to localhost:" in told[0][0]
     assert "within 2 s" in told[0][0]
 
 
