@@ -8,7 +8,6 @@ goes on in other numbers. Minutes on two cores.
 """
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -148,6 +147,23 @@ def several_processes(directory: Path, environment: dict[str, str]) -> list[dict
     return rows
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """The two tables of docs/faults.md."""
+    lines = [
+        "| fault | tries | steps computed again, median | most | bound | at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["faults"]:
+        median, most, bound = row["lost_steps_median"], row["lost_steps_max"], row["lost_steps_bound"]
+        lines.append(f"| {row['kind']} | {row['tries']} | {median:g} | {most} | {bound} | the same bits |")
+    lines += ["", "| processes | changed after step | largest difference of a loss, relative |", "|---|---|---|"]
+    for row in record["several_processes"]:
+        chain, difference = row["processes"], row["largest_relative_loss_difference"]
+        changed = row["changed_after_step"] if len(chain) > 1 else "–"
+        lines.append(f"| {', then '.join(map(str, chain))} | {changed} | {difference:.1e} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=60, help="faults of the one-process run (default 60)")
@@ -180,7 +196,7 @@ def main() -> None:
         "several_processes": several_processes(directory, environment),
     }
     shutil.rmtree(directory)
-    print(json.dumps(record["faults"], indent=2))
+    print(markdown(record))
     if arguments.out:
         write_json_atomic(arguments.out, record)
 
