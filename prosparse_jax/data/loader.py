@@ -56,12 +56,23 @@ class TrainingDataset(grain.IterDataset):
       sequence_length: T.
       batch_size: B. A batch may hold the end of one epoch and the beginning of the next.
       seed: any integer from 0 to 2**32 - 1.
+      process_index, process_count: of several processes each gets an equal part of every batch, in order. The state does
+        not depend on their number.
 
     Raises:
       DataError: fewer sequences than one batch.
     """
 
-    def __init__(self, tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         sequences = PackedSequences(tokens, sequence_length)
         _require_one_batch("train", sequences, tokens, sequence_length, batch_size)
         ordered = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
@@ -76,17 +87,20 @@ class TrainingDataset(grain.IterDataset):
             "seed": seed,
         }
 
+        part = batch_size // process_count
+        self._rows = slice(process_index * part, (process_index + 1) * part)
+
     def __iter__(self) -> "_TrainingIterator":
-        return _TrainingIterator(iter(self._parent), self._counted_in)
+        return _TrainingIterator(iter(self._parent), self._counted_in, self._rows)
 
 
 class _TrainingIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, counted_in: dict[str, int]):
+    def __init__(self, parent: grain.DatasetIterator, counted_in: dict[str, int], rows: slice):
         super().__init__(parent)
-        self._counted_in = counted_in
+        self._counted_in, self._rows = counted_in, rows
 
     def __next__(self) -> Batch:
-        return next(self._parent)
+        return {name: values[self._rows] for name, values in next(self._parent).items()}
 
     def get_state(self) -> dict[str, Any]:
         return {"position": self._parent.get_state(), "counted_in": dict(self._counted_in)}
@@ -107,7 +121,13 @@ class _TrainingIterator(grain.DatasetIterator):
 
 
 def training_iterator(
-    tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int
+    tokens: np.ndarray,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
     """Iterator of `TrainingDataset`: endless batches, with a state that Orbax saves and restores.
 
@@ -115,7 +135,16 @@ def training_iterator(
       DataError: fewer sequences than one batch. From `set_state`: the state is of other tokens, another sequence
         length, batch size or seed; Orbax wraps it, as the `__cause__` of an error of its own.
     """
-    return iter(TrainingDataset(tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed))
+    return iter(
+        TrainingDataset(
+            tokens,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
+    )
 
 
 def validation_batches(tokens: np.ndarray, *, sequence_length: int, batch_size: int, sequences: int) -> list[Batch]:

@@ -1,7 +1,7 @@
 """Everything static of a run: mesh, model, optimizer, and the two compiled programs, built from a config."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -68,30 +68,43 @@ class Program:
         return Batch(tokens, tokens, mask, mask, source, documents)
 
     def place_step_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """A loader's batch (data/loader.py) of the sequences of one step -> micro-batches (A, B, T) on the mesh."""
-        shape = (self.config.training.microbatches, self.micro_batch)
-        return self._place({name: x.reshape(*shape, *x.shape[1:]) for name, x in arrays.items()}, batch_axis=1)
+        """A loader's batch (data/loader.py) of the sequences of one step -> micro-batches (A, B, T) on the mesh.
+
+        With several processes each gives its own part of the sequences.
+        """
+        micro_batches = self.config.training.microbatches
+        parts = {name: x.reshape(micro_batches, -1, *x.shape[1:]) for name, x in arrays.items()}
+        return self._place(parts, 1, jax.make_array_from_process_local_data)
 
     def place_validation_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """A loader's batch (B, T) on the mesh."""
-        return self._place(arrays, batch_axis=0)
-
-    def _place(self, arrays: Mapping[str, np.ndarray], *, batch_axis: int) -> Batch:
-        def put(name: str, dtype: Any) -> jax.Array:
-            array = arrays[name].astype(dtype, copy=False)
-            return jax.device_put(array, self._batch_sharding(array.ndim, batch_axis))
-
-        documents = None
-        if self.config.data.document_masks:
-            documents = Documents(put("segments", np.int32), put("positions", np.int32))
-        return Batch(
-            inputs=put("inputs", np.int32),
-            targets=put("targets", np.int32),
-            mask=put("mask", np.float32),
-            loss_mask=put("loss_mask", np.float32),
-            source=put("source", np.int32),
-            documents=documents,
+        """A loader's batch (B, T), the same in every process, on the mesh."""
+        return self._place(
+            arrays, 0, lambda sharding, x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
         )
+
+    def _place(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        batch_axis: int,
+        put: Callable[[NamedSharding, np.ndarray], jax.Array],
+    ) -> Batch:
+        def placed(name: str, dtype: Any) -> jax.Array:
+            array = arrays[name].astype(dtype, copy=False)
+            return put(self._batch_sharding(array.ndim, batch_axis), array)
+
+        # The loop forbids implicit transfers; these are meant.
+        with jax.transfer_guard_host_to_device("allow"):
+            documents = None
+            if self.config.data.document_masks:
+                documents = Documents(placed("segments", np.int32), placed("positions", np.int32))
+            return Batch(
+                inputs=placed("inputs", np.int32),
+                targets=placed("targets", np.int32),
+                mask=placed("mask", np.float32),
+                loss_mask=placed("loss_mask", np.float32),
+                source=placed("source", np.int32),
+                documents=documents,
+            )
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The step lowered from shapes alone: no weight is made, so it works for a model that fits nowhere."""
