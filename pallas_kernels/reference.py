@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-GATHERED_ROWS = 64
-"""Active neurons that one iteration of the gathering loop takes: measured on a CPU, 32 to 256 are within a tenth."""
+GATHERED_ROWS = 32
+"""Active neurons that one iteration of the gathering loop takes: their rows should stay in a core's own cache between
+the copy that gathers them and the product. Measured on a CPU at the 7B shape (docs/performance.md)."""
 
 
 def dense_ffn(
@@ -105,14 +106,20 @@ def _up_rows(
     valid_R: Bool[Array, "R"],
 ) -> Float[Array, "R B"]:
     """x1 of some neurons, 0 where not valid."""
-    return jnp.where(valid_R[:, None], gate_FB[rows_R], 0) * matrix_products(x_BD, up_FD[rows_R])
+    return jnp.where(valid_R[:, None], gate_FB[rows_R], 0) * matrix_products(x_BD, _gathered(up_FD, rows_R))
 
 
 def _down_rows(
     x1_RB: Float[Array, "R B"], down_FD: Float[Array, "F D"], rows_R: Int[Array, "R"], dtype: jnp.dtype
 ) -> Float[Array, "B D"]:
     """What some neurons add to the output."""
-    return jnp.einsum("rb,rd->bd", x1_RB.astype(dtype), down_FD[rows_R], preferred_element_type=jnp.float32)
+    # Gathered when x1 is there, not beside the up rows: the two together are too much for a core's cache.
+    x1_RB, rows_R = lax.optimization_barrier((x1_RB.astype(dtype), rows_R))
+    return jnp.einsum("rb,rd->bd", x1_RB, _gathered(down_FD, rows_R), preferred_element_type=jnp.float32)
+
+
+def _gathered(matrix_FD: Float[Array, "F D"], rows_R: Int[Array, "R"]) -> Float[Array, "R D"]:
+    return lax.optimization_barrier(matrix_FD.at[rows_R].get(mode="promise_in_bounds", wrap_negative_indices=False))
 
 
 def _over_active(
