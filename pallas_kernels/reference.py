@@ -47,7 +47,7 @@ def gathered_ffn(
     def take(rows_R: Int[Array, "R"], valid_R: Bool[Array, "R"], sum_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
         return sum_BD + _down_rows(_up_rows(x_BD, gate_FB, up_FD, rows_R, valid_R), down_FD, rows_R, x_BD.dtype)
 
-    return _over_active(jnp.any(gate_FB > 0, axis=1), take, x_BD.shape)
+    return _over_active(jnp.any(gate_FB != 0, axis=1), take, x_BD.shape)
 
 
 def gathered_gate_up(
@@ -61,7 +61,7 @@ def gathered_gate_up(
         x1_RB = _up_rows(x_BD, active_FB, up_FD, rows_R, valid_R)
         return x1_FB.at[jnp.where(valid_R, rows_R, neurons)].set(x1_RB, mode="drop")
 
-    return _over_active(jnp.any(active_FB > 0, axis=1), take, gate_FB.shape)
+    return _over_active(jnp.any(active_FB != 0, axis=1), take, gate_FB.shape)
 
 
 def gathered_down(x1_FB: Float[Array, "F B"], down_FD: Float[Array, "F D"]) -> Float[Array, "B D"]:
@@ -83,9 +83,9 @@ def gate_products(x_BD: Float[Array, "B D"], gate_FD: Float[Array, "F D"]) -> Fl
 
 
 def activated(gate: Float[Array, "..."], threshold: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """FATReLU of gate products rounded to `dtype`, as float32: the value where it is >= t and > 0, else 0."""
+    """FATReLU of gate products rounded to `dtype`, as float32: 0 where it is < t or <= 0, else the value. NaN stays NaN."""
     rounded = gate.astype(dtype)
-    return jnp.where((rounded >= threshold.astype(dtype)) & (rounded > 0), rounded, 0).astype(jnp.float32)
+    return jnp.where((rounded < threshold.astype(dtype)) | (rounded <= 0), 0, rounded).astype(jnp.float32)
 
 
 def matrix_products(x_BD: Float[Array, "B D"], matrix_FD: Float[Array, "F D"]) -> Float[Array, "F B"]:
