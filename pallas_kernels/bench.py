@@ -324,7 +324,10 @@ def trace(calls: Sequence[Call], implementation: api.Implementation, directory: 
     programs = {name: forms[0] for name, forms in named_programs(implementation).items()}
     for program in programs.values():
         jax.block_until_ready(program(calls[0]))
-    with jax.profiler.trace(directory):
+    options = jax.profiler.ProfileOptions()
+    # Python's own calls would bury the spans.
+    options.python_tracer_level = 0
+    with jax.profiler.trace(directory, profiler_options=options):
         for name, program in programs.items():
             for index in range(repeats):
                 with jax.profiler.TraceAnnotation(name):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-GATHERED_ROWS = 32
-"""Active neurons that one iteration of the gathering loop takes: their rows should stay in a core's own cache between
-the copy that gathers them and the product. Measured on a CPU at the 7B shape (docs/performance.md)."""
+GATHERED_ROWS = 256
+"""Active neurons that one iteration of the gathering loop takes: enough work for several threads, and few enough rows to
+stay in a cache between the copy that gathers them and the product. Measured on a CPU (docs/performance.md)."""
 
 
 def dense_ffn(
@@ -40,7 +40,7 @@ def gathered_ffn(
 ) -> Float[Array, "B D"]:
     """The same, reading up and down rows only of neurons that are active for at least one token.
 
-    Their numbers are packed to the front, and a loop, as long as there are active ones, takes a few dozen at a time.
+    Their numbers are packed to the front, and a loop, as long as there are active ones, takes a few hundred at a time.
     """
     gate_FB = activated(gate_products(x_BD, gate_FD), threshold, x_BD.dtype)
 
@@ -127,12 +127,14 @@ def _over_active(
 ) -> jax.Array:
     """Folds `take(rows, valid, result)` over the active neurons, `GATHERED_ROWS` at a time, from float32 zeros."""
     rows_F, count = _packed(active_F)
+    last = rows_F[jnp.maximum(count - 1, 0)]
 
     def take_rows(index: Int[Array, ""], result: jax.Array) -> jax.Array:
         places_R = index * GATHERED_ROWS + jnp.arange(GATHERED_ROWS)
         # The last iteration reaches beyond the active neurons; what it reads there must be a row that is read anyway.
-        rows_R = jnp.where(places_R < count, jnp.take(rows_F, places_R, mode="clip"), rows_F[0])
-        return take(rows_R, places_R < count, result)
+        rows_R = jnp.where(places_R < count, jnp.take(rows_F, places_R, mode="clip"), last)
+        # They are in order already. A loop without a sort, XLA's CPU compiler makes into one function for one thread.
+        return take(lax.sort(rows_R), places_R < count, result)
 
     iterations = lax.div(count + GATHERED_ROWS - 1, GATHERED_ROWS)
     # Made from the count: under shard_map it is each device's own, and so what starts here has to be.

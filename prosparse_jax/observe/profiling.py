@@ -223,9 +223,9 @@ def tables(record: dict[str, Any]) -> list[Table]:
     scale, unit = _unit(record)
     copy = record["gb_per_s"]["copy"]
     measured = _table(
-        f"FFN {record['model']}, batch {record['batch']}, {100 * record['sparsity']:.1f} % sparse",
+        f"FFN {record['model']}, batch {record['batch']}, {100 * record['sparsity']:.1f} % sparse; {unit}",
         f"{record['implementation']} on {record['device']}. Limit: bytes of the sparse form at {copy:.1f} GB/s, copying.",
-        ("", f"dense {unit}", f"sparse {unit}", "speed-up", "GB/s", f"limit {unit}", "of limit"),
+        ("", "dense", "sparse", "speed-up", "GB/s", "limit", "of limit"),
     )
     for step, dense in record["dense_us"].items():
         sparse = record["sparse_us"].get(step)
@@ -243,8 +243,8 @@ def tables(record: dict[str, Any]) -> list[Table]:
     for form, dense in record["dense_ffn_us"].items():
         measured.add_row(f"in {form}", f"{dense / scale:,.1f}")
     shown = record["model"] if record["model"] in PAPER_US else "7b"
-    title = f"The paper, {shown} at {100 * PAPER_SPARSITY[shown]:.1f} % on an A100"
-    paper = _table(title, "", ("", "dense µs", "sparse µs", "speed-up"))
+    title = f"The paper, {shown} at {100 * PAPER_SPARSITY[shown]:.1f} % on an A100; µs"
+    paper = _table(title, "", ("", "dense", "sparse", "speed-up"))
     for step, (dense, sparse) in PAPER_US[shown].items():
         paper.add_row(STEP_NAMES[step], f"{dense:.1f}", f"{sparse:.1f}", f"{dense / sparse:.2f}x")
     return [measured, paper]
@@ -256,7 +256,7 @@ def _table(title: str, caption: str, columns: tuple[str, ...]) -> Table:
         title_justify="left", caption_justify="left",
     )  # fmt: skip
     for name in columns:
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     return table
 
 
