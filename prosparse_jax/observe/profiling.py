@@ -31,7 +31,7 @@ PAPER_US = {
 PAPER_SPARSITY = {"7b": 0.8932, "13b": 0.888}
 DEFAULT_SPARSITY = 0.89
 STEP_NAMES = {"step1": "step 1", "step2": "step 2", "step3": "step 3", "ffn": "whole FFN"}
-_MILLISECONDS_FROM = 10_000
+_MILLISECONDS_FROM = 1_000
 """Microseconds from which all times of a table or a chart are shown in milliseconds."""
 
 
@@ -82,8 +82,8 @@ def profile_ffn(settings: FFNProfile) -> dict[str, Any]:
             lambda done, total: progress.update(task, completed=done, total=total),
         )
     record = _record(settings, masks_NBF, times, ffn_bytes(width, neurons, dtype.itemsize, union))
-    for table in tables(record):
-        console.print(table)
+    for part in tables(record):
+        console.print(part)
     if settings.out:
         chart = settings.out.with_suffix(".png")
         write_json_atomic(settings.out, record)
@@ -218,43 +218,41 @@ def _unit(record: dict[str, Any]) -> tuple[float, str]:
     return (1000, "ms") if max(record["dense_us"].values()) >= _MILLISECONDS_FROM else (1, "µs")
 
 
-def tables(record: dict[str, Any]) -> list[Table]:
+def tables(record: dict[str, Any]) -> list[Table | str]:
     """The times of a profile, and the paper's of steps 2 and 3; 60 columns wide."""
     scale, unit = _unit(record)
     copy = record["gb_per_s"]["copy"]
-    measured = _table(
-        f"FFN {record['model']}, batch {record['batch']}, {100 * record['sparsity']:.1f} % sparse; {unit}",
-        f"{record['implementation']} on {record['device']}. Limit: bytes of the sparse form at {copy:.1f} GB/s, copying.",
-        ("", "dense", "sparse", "speed-up", "GB/s", "limit", "of limit"),
+    title = f"\nFFN {record['model']}, batch {record['batch']}, {100 * record['sparsity']:.1f} % sparse; {unit}"
+    caption = (
+        f"{record['implementation']} on {record['device']}. Limit: bytes of the sparse form at {copy:.1f} GB/s (copy)."
     )
+    digits = 2 if unit == "ms" else 1
+    measured = _table("", "dense", "sparse", "speed-up", "GB/s", "limit", "of limit")
     for step, dense in record["dense_us"].items():
         sparse = record["sparse_us"].get(step)
         # Step 1 is the same in both; its own figures are those of the dense form.
         rate = record["gb_per_s"]["dense"][step] if sparse is None else record["gb_per_s"]["sparse"][step]
         measured.add_row(
             STEP_NAMES[step],
-            f"{dense / scale:,.1f}",
-            "-" if sparse is None else f"{sparse / scale:,.1f}",
+            f"{dense / scale:,.{digits}f}",
+            "-" if sparse is None else f"{sparse / scale:,.{digits}f}",
             "-" if sparse is None else f"{record['speedup'][step]:.2f}x",
             f"{rate:,.1f}",
-            f"{record['limit_us'][step] / scale:,.1f}",
+            f"{record['limit_us'][step] / scale:,.{digits}f}",
             f"{100 * record['limit_us'][step] / (sparse or dense):.0f} %",
         )
     for form, dense in record["dense_ffn_us"].items():
-        measured.add_row(f"in {form}", f"{dense / scale:,.1f}")
+        measured.add_row(f"in {form}", f"{dense / scale:,.{digits}f}")
     shown = record["model"] if record["model"] in PAPER_US else "7b"
-    title = f"The paper, {shown} at {100 * PAPER_SPARSITY[shown]:.1f} % on an A100; µs"
-    paper = _table(title, "", ("", "dense", "sparse", "speed-up"))
+    source = f"\nThe paper, {shown} at {100 * PAPER_SPARSITY[shown]:.1f} % on an A100; µs"
+    paper = _table("", "dense", "sparse", "speed-up")
     for step, (dense, sparse) in PAPER_US[shown].items():
         paper.add_row(STEP_NAMES[step], f"{dense:.1f}", f"{sparse:.1f}", f"{dense / sparse:.2f}x")
-    return [measured, paper]
+    return [title, measured, caption, source, paper]
 
 
-def _table(title: str, caption: str, columns: tuple[str, ...]) -> Table:
-    table = Table(
-        title=title, caption=caption or None, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
-        title_justify="left", caption_justify="left",
-    )  # fmt: skip
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     return table
@@ -288,5 +286,5 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes.annotate(f"{record['speedup'][step]:.2f}×", (place, top), (0, 5), **style)
     axes.margins(y=0.1)
     axes.set_xticks(range(len(steps)), ["gate (1)", "up (2)", "down (3)", "whole FFN"])
-    figures.name_row(axes, [(dense, "dense"), (sparse, "sparse"), (limit, f"its bytes at copy speed, {unit}")])
+    figures.name_row(axes, [(dense, "dense"), (sparse, "sparse"), (limit, "its bytes at copy speed")])
     figures.save(figure, path)
