@@ -260,7 +260,7 @@ def _table(*columns: str) -> Table:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Writes a PNG: bars of dense and sparse times by step, each sparse one with its byte limit and its speed-up."""
-    scale, unit = _unit(record)
+    scale, _ = _unit(record)
     title = f"FFN {record['model']}, batch {record['batch']}, {100 * record['sparsity']:.0f} % sparse"
     figure = figures.new_figure(4.6, title)
     axes = figure.add_subplot()
