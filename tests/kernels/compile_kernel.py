@@ -81,20 +81,23 @@ def _split_over_gpus(*arrays):
 
 
 def jumped_over(lines: list[str]) -> dict[str, int]:
-    """How many stretches of PTX with 16-byte loads a forward jump can leave out, and how many loads those hold.
+    """How many stretches of PTX with 16-byte loads a branch can leave out, and how many loads those hold.
 
-    A jump over a whole loop is none of these: it only asks whether there is any work.
+    A branch around a whole loop is none of these: it only asks whether there is any work.
     """
     labels = {match[1]: number for number, line in enumerate(lines) if (match := LABEL.match(line))}
     jumps = [(number, labels[match[1]]) for number, line in enumerate(lines) if (match := BRANCH.search(line))]
     loads = {number for number, line in enumerate(lines) if WIDE_LOAD.search(line)}
     stretches = set()
     for start, end in jumps:
-        loops = any(start < number < end and target < number for number, target in jumps)
+        if end < start:
+            # The end of the loop's body stands before its last row: left out is all up to the next jump there.
+            end = min((number for number, target in jumps if target == end and number > start), default=start)
+        loops = any(start < number < end and target < start for number, target in jumps)
         inside = frozenset(number for number in loads if start < number < end)
         if inside and not loops:
             stretches.add(inside)
-    # Of nested ones, the smallest: what is skipped for one row.
+    # Of nested ones, the smallest: what is left out for one row.
     rows = [stretch for stretch in stretches if not any(other < stretch for other in stretches)]
     return {"skipped rows": len(rows), "skipped loads": sum(map(len, rows))}
 

@@ -1,5 +1,6 @@
 """The timed programs of the profile: that they compute what they are named after, on inputs with the asked pattern."""
 
+import gzip
 import importlib.util
 import json
 import shutil
@@ -122,8 +123,6 @@ def test_times_name_every_step(calls, monkeypatch, loops):
 
 def test_the_trace_holds_the_named_steps(calls, tmp_path):
     """Read by JAX's own reader of XProf's format, and as the JSON that Perfetto opens."""
-    import gzip
-
     bench.trace(calls, "xla_gather", str(tmp_path), repeats=2)
     wanted = {f"dense/{step}" for step in bench.STEPS} | {f"sparse/{step}" for step in bench.STEPS[1:]}
     (space,) = tmp_path.rglob("*.xplane.pb")

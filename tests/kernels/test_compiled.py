@@ -46,8 +46,8 @@ def test_weights_are_loaded_16_bytes_at_a_time(compiled):
     for name in KERNELS:
         (kernel,) = compiled[name]["kernels"]
         assert kernel["16-byte loads"] >= kernel["skipped loads"] >= 4, name
-        # The threshold, or the gates of a neuron.
-        assert kernel["other loads"] <= 2, name
+        # The threshold, or the gate or x1 of one token for the neurons of a block.
+        assert kernel["other loads"] <= 4, name
 
 
 def test_registers_leave_room_for_the_blocks_that_the_grids_count_on(compiled):
