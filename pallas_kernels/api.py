@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import reference
 from pallas_kernels.down import down
-from pallas_kernels.fused_ffn import fused_ffn
+from pallas_kernels.fused_ffn import ROW_BLOCK, fused_ffn
 from pallas_kernels.gate_up import gate_up
 from pallas_kernels.shapes import LARGEST_BATCH, union_share, weight_problems
 
@@ -69,11 +69,13 @@ def choose(
     """What `sparse_ffn` runs when none is named: the crossover in one place."""
     platform = jax.default_backend()
     union = union_share(active_share, x_BD.shape[0])
-    if union > LARGEST_SPARSE_SHARE.get(platform, LARGEST_SPARSE_SHARE["gpu"]) or x_BD.shape[0] > LARGEST_BATCH:
+    if union > LARGEST_SPARSE_SHARE.get(platform, 0) or x_BD.shape[0] > LARGEST_BATCH:
         return "xla_dense"
+    if platform == "cpu":
+        return "xla_gather"
+    # The gathering loop is many small kernels: on a GPU, what the kernels cannot take is better computed densely.
     weights = {"gate": gate_FD, "up": up_FD, "down": down_FD}
-    fits = not weight_problems(x_BD, weights, row_block=4)
-    return "mosaic_gpu" if platform == "gpu" and fits else "xla_gather"
+    return "xla_dense" if weight_problems(x_BD, weights, row_block=ROW_BLOCK) else "mosaic_gpu"
 
 
 def _mosaic_gpu(
