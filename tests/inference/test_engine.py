@@ -13,7 +13,7 @@ import pytest
 from prosparse_jax.config import ActivationConfig
 from prosparse_jax.errors import ConfigError
 from prosparse_jax.inference import engine as engine_module
-from prosparse_jax.inference.engine import Engine, check_request
+from prosparse_jax.inference.engine import Engine, request_problems
 from prosparse_jax.inference.sampling import Sampling
 from tests.inference.memory import MemorySource
 from tests.support import SMALL, forward, model_weights, small_config
@@ -52,13 +52,12 @@ def test_models_that_the_sparse_path_would_compute_wrongly(model, message):
 
 
 def test_all_bad_requests_are_said_at_once():
-    with pytest.raises(ConfigError) as caught:
-        check_request(SMALL.model, [[], [64], [0, -1], [1]], 0)
-    assert len(caught.value.problems) == 4
-    with pytest.raises(ConfigError, match="1000000001 tokens"):
-        check_request(SMALL.model, [[1]], 10**9)
+    assert len(request_problems(SMALL.model, [[], [64], [0, -1], [1]], 0)) == 4
+    assert "1 has 1 tokens, with max_new_tokens=1000000000" in request_problems(SMALL.model, [[1]], 10**9)[0]
+    assert request_problems(SMALL.model, [[1] * 5, [1] * 6], 3, context=8)[0].startswith("prompt 2 has 6 tokens")
+    assert request_problems(SMALL.model, [], 1) == ["there is no prompt"]
     with pytest.raises(ConfigError, match="there is no prompt"):
-        check_request(SMALL.model, [], 1)
+        Engine(source()).generate([], max_new_tokens=1, sampling=Sampling())
 
 
 def test_the_prompt_sparsity_is_that_of_training_statistics(mesh):
@@ -94,7 +93,7 @@ def test_bfloat16_is_close_to_float32():
     for dtype in (jnp.float32, jnp.bfloat16):
         engine = Engine(held, compute_dtype=dtype)
         _, cache, _ = engine.decoder.prefill(engine.weights, tokens, np.array([8, 5], np.int32), 16)
-        found, _ = engine.decoder.advance(engine.weights, cache, tokens[:, 0], "xla_gather")
+        found, *_ = engine.decoder.advance(engine.weights, cache, tokens[:, 0], "xla_gather")
         assert found.dtype == jnp.float32
         logits[dtype] = np.asarray(found)
     expected = logits[jnp.float32]

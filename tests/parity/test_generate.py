@@ -138,7 +138,7 @@ def test_logits_of_every_step_are_those_of_the_whole_sequence(mesh, activation):
         found[kind] = [logits]
         advance = jax.jit(decoder.advance, static_argnums=3)
         for step in range(steps):
-            logits, cache = advance(engine.weights, cache, tokens[np.arange(2), lengths + step], kind)
+            logits, cache, _ = advance(engine.weights, cache, tokens[np.arange(2), lengths + step], kind)
             found[kind].append(logits)
     mesh()
     whole = np.asarray(forward(dataclasses.replace(SMALL, model=model), weights, tokens)[0])
