@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.api import Implementation, sparse_ffn_counted
 from prosparse_jax.activations import ACTIVATIONS
@@ -32,10 +32,10 @@ _WHOLE, _ROWS, _COLUMNS = PartitionSpec(), PartitionSpec(TENSOR), PartitionSpec(
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; S is the capacity."""
+    """Keys and values of one layer; S is the capacity. Heads come before S: products then copy nothing."""
 
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
 
 
 class KVCache(NamedTuple):
@@ -120,7 +120,7 @@ class Decoder:
         return jax.shard_map(shard, mesh=self.mesh, in_specs=(weights, *inputs), out_specs=outputs, check_vma=False)  # pyrefly: ignore
 
     def _cache_specs(self) -> KVCache:
-        heads: Any = PartitionSpec(None, None, TENSOR)
+        heads: Any = PartitionSpec(None, TENSOR)
         lengths: Any = _WHOLE
         return KVCache((LayerCache(heads, heads),) * self.model.num_layers, lengths)
 
@@ -129,13 +129,14 @@ class Decoder:
     ) -> tuple[jax.Array, KVCache, jax.Array]:
         length = tokens_BT.shape[1]
         real_BT = jnp.arange(length) < counts_B[:, None]
-        room = ((0, 0), (0, capacity - length), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
         zero_shares = []
 
         # Padding comes after the real tokens, which therefore never see it; new tokens overwrite it in the cache.
         def attend(_: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, LayerCache]:
             context = causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation="xla", sharding=ShardingRules())
-            return context, LayerCache(jnp.pad(k_BTKH, room), jnp.pad(v_BTKH, room))
+            keys, values = (jnp.pad(jnp.swapaxes(each, 1, 2), room) for each in (k_BTKH, v_BTKH))
+            return context, LayerCache(keys, values)
 
         def ffn(index: int, x_BTD: jax.Array) -> jax.Array:
             layer = weights["layers"][index]
@@ -154,17 +155,14 @@ class Decoder:
         self, weights: dict[str, Any], cache: KVCache, tokens_B: jax.Array, ffn_kind: Implementation
     ) -> tuple[jax.Array, KVCache, jax.Array]:
         batch = len(tokens_B)
-        rows = jnp.arange(batch)
-        seen_BS = jnp.arange(cache.layers[0].keys.shape[1]) <= cache.lengths[:, None]
+        seen_BS = jnp.arange(cache.layers[0].keys.shape[2]) <= cache.lengths[:, None]
         zero_shares = []
 
         def attend(index: int, q_B1NH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array) -> tuple[jax.Array, LayerCache]:
-            keys, values = cache.layers[index]
-            keys = keys.at[rows, cache.lengths].set(k_B1KH[:, 0])
-            values = values.at[rows, cache.lengths].set(v_B1KH[:, 0])
-            mask = seen_BS[:, None, None, :]
-            context = jax.nn.dot_product_attention(q_B1NH, keys, values, mask=mask, implementation="xla")
-            return context, LayerCache(keys, values)
+            places = jnp.arange(batch)[:, None], jnp.arange(k_B1KH.shape[2]), cache.lengths[:, None]
+            keys = cache.layers[index].keys.at[places].set(k_B1KH[:, 0])
+            values = cache.layers[index].values.at[places].set(v_B1KH[:, 0])
+            return _attend_cached(q_B1NH, keys, values, seen_BS), LayerCache(keys, values)
 
         def ffn(index: int, x_B1D: jax.Array) -> jax.Array:
             layer = weights["layers"][index]
@@ -179,7 +177,7 @@ class Decoder:
             zero_shares.append(1 - active_B.astype(jnp.float32) / len(gate))
             return y_BD[:, None]
 
-        tables = rotary_tables(self.model, cache.layers[0].keys.shape[1])
+        tables = rotary_tables(self.model, cache.layers[0].keys.shape[2])
         rotation = tuple(jnp.asarray(table)[cache.lengths][:, None] for table in tables)
         x_B1D, layers = self._blocks(weights, tokens_B[:, None], rotation, attend, ffn)
         zero_share_B = jnp.mean(jnp.stack(zero_shares), axis=0) if zero_shares else jnp.zeros(batch)
@@ -250,6 +248,22 @@ def _own_rows(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Fl
     is_own_BT = (places_BT >= 0) & (places_BT < len(table_VD))
     rows_BTD = jnp.take(table_VD, places_BT, axis=0, mode="clip").astype(jnp.float32)
     return jnp.where(is_own_BT[..., None], rows_BTD, 0)
+
+
+def _attend_cached(
+    q_B1NH: Float[Array, "B 1 N H"],
+    keys_BKSH: Float[Array, "B K S H"],
+    values_BKSH: Float[Array, "B K S H"],
+    seen_BS: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """softmax(q k^T / sqrt(H)) v over the entries that are seen, softmax in float32, as jax.nn computes it."""
+    batch, _, heads, width = q_B1NH.shape
+    q_BKGH = q_B1NH.reshape(batch, keys_BKSH.shape[1], -1, width)
+    scores_BKGS = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, keys_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGS = jnp.where(seen_BS[:, None, None, :], scores_BKGS * width**-0.5, -jnp.inf)
+    shares_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(values_BKSH.dtype)
+    context_BKGH = jnp.einsum("bkgs,bksh->bkgh", shares_BKGS, values_BKSH)
+    return context_BKGH.reshape(batch, 1, heads, width)
 
 
 def _project(weight_ED: Float[Array, "E D"], x_BTD: Float[Array, "B T D"], dtype: Any = None) -> Float[Array, "B T E"]:

@@ -126,7 +126,7 @@ def engine_problems(source: WeightSource, ffn: str, devices: int) -> list[str]:
 def request_problems(
     model: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int = LONGEST_CONTEXT
 ) -> list[str]:
-    """Every prompt or number that `Engine.generate` cannot serve, or that needs more tokens than `context`; reads no weights."""
+    """Every prompt or number that cannot be served, or that needs more tokens than `context`; reads no weights."""
     problems = [f"max_new_tokens={max_new_tokens} must be at least 1"] if max_new_tokens < 1 else []
     if not prompts:
         problems.append("there is no prompt")
