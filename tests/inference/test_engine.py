@@ -73,6 +73,29 @@ def test_the_prompt_sparsity_is_that_of_training_statistics(mesh):
     assert generation.prompt_sparsity == pytest.approx(1 - active, rel=1e-6)
 
 
+@pytest.mark.parametrize("ffn", ["sparse", "dense"])
+def test_the_live_sparsity_is_that_of_training_statistics(mesh, ffn):
+    """Over new tokens that were read, of sequences that differ in length and in where they stop."""
+    activation = ActivationConfig(name="fatrelu", parameter=(0.1, 0.5))
+    config = small_config(model={"activation": activation})
+    held, prompts = source(activation=activation), [[1, 2, 3, 4, 5, 6], [7], [8, 9]]
+    sampling = Sampling(temperature=2.0, seed=3)
+    unstopped = [*zip(*Engine(held, ffn=ffn).generate(prompts, max_new_tokens=10, sampling=sampling), strict=True)]
+    stop = unstopped[1][4]
+    generation = Engine(held, ffn=ffn).generate(prompts, max_new_tokens=10, sampling=sampling, stop=[stop])
+    made = [[token for token in tokens if token is not None] for tokens in zip(*generation, strict=True)]
+    assert len(made[1]) <= 5 < max(map(len, made))
+    tokens, mask = np.zeros((3, 16), np.int32), np.zeros((3, 16), bool)
+    for row, (prompt, new) in enumerate(zip(prompts, made, strict=True)):
+        tokens[row, : len(prompt) + len(new)] = prompt + new
+        mask[row, len(prompt) : len(prompt) + len(new) - 1] = True
+    mesh()
+    statistics = forward(config, model_weights(config), tokens, mask)[1]
+    active = np.sum(np.asarray(statistics.active_count_B, np.float64)) / (mask.sum() * config.model.ffn_width * 2)
+    assert generation.measured_tokens == mask.sum()
+    assert generation.live_sparsity == pytest.approx(1 - active, rel=1e-6)
+
+
 def test_another_seed_and_another_engine_compile_nothing():
     held = source()
 
@@ -98,3 +121,11 @@ def test_bfloat16_is_close_to_float32():
         logits[dtype] = np.asarray(found)
     expected = logits[jnp.float32]
     assert 0 < np.abs(logits[jnp.bfloat16] - expected).max() < 0.05 * expected.std()
+
+
+def test_weights_that_are_no_numbers_are_told(caplog):
+    weights = model_weights(SMALL)
+    weights["layers"]["ffn"]["up"][1, 3, 2:4] = np.nan
+    with caplog.at_level("WARNING", logger="prosparse_jax"):
+        Engine(MemorySource(SMALL.model, weights))
+    assert "2 values are NaN or infinite: 2 in layers/ffn/up (layer 1)" in caplog.text
