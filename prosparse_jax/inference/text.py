@@ -96,6 +96,10 @@ def write_texts(
     """
     streams = [TextStream(tokenizer, prompt) for prompt in generation.prompts]
     pieces = [[text] for text in texts]
+    if len(texts) == 1:
+        # Before the first token, whose program may have to be compiled first.
+        write(texts[0])
+        pieces[0].clear()
     running = set(range(len(texts)))
 
     def end(index: int) -> None:

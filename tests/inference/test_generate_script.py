@@ -88,7 +88,7 @@ def test_one_text_is_streamed_in_whole_characters_and_ends_at_its_stop_token(scr
     out = "".join(part.decode() for part in received)
     assert out.splitlines()[0] == TEXT
     assert len(out.splitlines()) == 2
-    # The prompt's piece comes before the second token's program is compiled: text does not wait for the end.
+    # The prompt comes before the programs are compiled: text does not wait for the end.
     assert len(received) > 1
     line = last_line(out)
     assert float(line.pop("speed")) > 0
@@ -130,7 +130,8 @@ def test_ctrl_c_keeps_what_was_written(scripts, tmp_path):
             {"name": "swish"},
             ("--prompt", "a", "--prompt", "", "--temperature", -1, "--top-p", 2, "--seed", -1, "--max-new-tokens", 0,
              "--ffn", "sparse", "--devices", 99),
-            ["temperature=-1.0", "top_p=2.0", "seed=-1", "prompt 2 is empty", "max_new_tokens=0", "ffn=sparse", "devices=99"],
+            ["temperature=-1.0", "top_p=2.0", "seed=-1", "prompt 2 is empty", "max_new_tokens=0", "ffn=sparse",
+             "devices=99"],
         ),
         ({"with_tokenizer": False}, ("--prompt", "", "--top-p", 0), ["top_p=0.0", "prompt 1 is empty", "tokenizer.json"]),
         ({}, ("--prompt", "a", "--max-new-tokens", 2**20), ["prompt 1 has 1 tokens, with max_new_tokens=1048576"]),

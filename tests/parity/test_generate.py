@@ -111,7 +111,7 @@ def test_greedy_tokens_are_those_of_transformers(changes, ffn, kind):
     found = [list(tokens) for tokens in zip(*generation, strict=True)]
     assert found == [generate_alone(reference, prompt) for prompt in PROMPTS]
     assert generation.ffn_kind == kind
-    assert min(len(set(tokens)) for tokens in found) > 10
+    assert min(len(set(tokens)) for tokens in found) > 5
 
 
 @pytest.mark.parametrize("activation", [FATRELU, ActivationConfig(name="relu")])
