@@ -33,11 +33,15 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, of another model, or that could not be written."""
 
 
+class PlanError(ValueError):
+    """A training step that cannot be compiled ahead of time."""
+
+
 # No room, over a quota or a file-size limit, a read-only file system.
 _STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 USER_ERRORS = (
-    ConfigError, DataError, RecordError, CheckpointError,
+    ConfigError, DataError, RecordError, CheckpointError, PlanError,
     FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
 )  # fmt: skip
 

@@ -29,7 +29,7 @@ REGISTERS, THREADS, GRANULE = 65536, 128, 8
 MATRIX_BYTES = 4096 * 11008 * 2
 
 
-@pytest.fixture(scope="module", params=["a100", "h100"])
+@pytest.fixture(scope="module", params=["a100-80", "h100"])
 def compiled(request):
     """What tests.kernels.compile_kernel reports for one card."""
     # Programs last: a kernel that was compiled before is not compiled, and so not reported, again.
