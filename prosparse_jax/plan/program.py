@@ -107,11 +107,11 @@ def _run_worker(request: dict, out: Path, gpus: int, for_gpu: bool) -> dict:
         command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False
     )
     if done.returncode:
-        raise PlanError(_failure(done.returncode, done.stderr))
+        raise PlanError(failure(done.returncode, done.stderr))
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _failure(code: int, stderr: str) -> str:
+def failure(code: int, stderr: str) -> str:
     """One paragraph for a compiler that failed or was killed."""
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}"
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
