@@ -1,24 +1,45 @@
 """Plans the recipes on the machines that they were written for, and prints the tables of docs/plan.md.
 
-    python benchmarks/plan_recipes.py --out benchmarks/results       # about 15 minutes on two cores, no GPU
+    python benchmarks/plan_recipes.py         # about 15 minutes on two cores, no GPU
 
-Each plan is what scripts/plan.py gives, with a search of what fits, and is written to plan-NAME.json.
+Each plan is what scripts/plan.py gives, for the four recipes with its search of what fits, and is written to
+benchmarks/results/plan-NAME.json. The tables are of all files there.
 """
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GIB = 2**30
-# Name: recipe, GPU, how many.
+LATENCY_HIDING = "--xla_gpu_enable_latency_hiding_scheduler=true"
+
+
+class Target(NamedTuple):
+    recipe: str
+    gpu: str = "a100-80"
+    gpus: int = 8
+    overrides: tuple[str, ...] = ()
+    flags: str = ""
+    """XLA_FLAGS."""
+    searched: bool = False
+
+
+LONG = ("--training.sequence-length=32768", "--training.sequences-per-step=64", "--training.microbatches=8")
 TARGETS = {
-    "7b": ("prosparse_7b", "a100-80", 8),
-    "7b-a100-40": ("prosparse_7b_a100_40gb", "a100-40", 8),
-    "13b": ("prosparse_13b", "a100-80", 32),
-    "1b": ("prosparse_1b", "a100-80", 8),
+    "7b": Target("prosparse_7b", searched=True),
+    "7b-a100-40": Target("prosparse_7b_a100_40gb", gpu="a100-40", searched=True),
+    "13b": Target("prosparse_13b", gpus=32, searched=True),
+    "1b": Target("prosparse_1b", searched=True),
+    "13b-copies": Target("prosparse_13b", gpus=32, overrides=("--mesh.data=4",)),
+    "7b-32k": Target("prosparse_7b", overrides=(*LONG, "--training.remat=attention")),
+    "7b-latency-hiding": Target("prosparse_7b", flags=LATENCY_HIDING),
+    "7b-most": Target("prosparse_7b", overrides=("--training.remat=most",)),
+    "7b-most-latency-hiding": Target("prosparse_7b", overrides=("--training.remat=most",), flags=LATENCY_HIDING),
 }
 
 
@@ -40,34 +61,28 @@ def _times(plan: dict[str, Any]) -> list[str]:
 
 
 def _tables(records: dict[str, dict[str, Any]]) -> list[str]:
-    heads = "recipe|on|seq. a GPU, remat|state|gradients|activations|temporaries|peak GiB|of usable|step s|MFU|MFU full"
-    lines = [_row(*heads.split("|")), _row(*["---"] * 12)]
-    for plan in records.values():
-        parts = {name: size / GIB for name, size in plan["parts"].items()}
+    heads = "plan|on|seq. a GPU, remat|state|grad.|act.|temp.|peak GiB|usable|step s|MFU|MFU full|comm. s, exposed"
+    lines = [_row(*heads.split("|")), _row(*["---"] * 13)]
+    for name, plan in records.items():
+        parts = {part: size / GIB for part, size in plan["parts"].items()}
         state = parts["parameters"] + parts["optimizer"]
         setting = f"{plan['micro_batch_per_gpu']}, {plan['training']['remat']}"
         sizes = [f"{x:.1f}" for x in (state, parts["gradients"], parts["activations"], parts["temporaries"])]
         memory = [f"**{plan['peak_bytes'] / GIB:.1f}**", f"{plan['usable_bytes'] / GIB:.1f}"]
-        lines.append(_row(plan["config"], f"{plan['gpus']} {plan['gpu']}", setting, *sizes, *memory, *_times(plan)))
+        times = plan["times"]["expected"]
+        wire = f"{times['communication']:.1f}, {times['exposed']:.1f}"
+        lines.append(_row(name, f"{plan['gpus']} {plan['gpu']}", setting, *sizes, *memory, *_times(plan), wire))
     for name, plan in records.items():
-        lines += [
-            "",
-            f"Communication, {name}:",
-            "",
-            _row("collective", "type", "where", "each", "arrays", "runs", "GiB"),
-        ]
-        lines.append(_row(*["---"] * 7))
+        lines += ["", f"Communication, {name}:", ""]
+        lines += [_row("collective", "type", "where", "GPUs", "each", "arrays", "runs", "GiB"), _row(*["---"] * 8)]
         for c in plan["collectives"]:
-            counts = (c["per_iteration"], c["tensors"], c["count"])
-            lines.append(_row(c["kind"], c["dtype"], c["where"], *counts, f"{c['bytes'] / GIB:.2f}"))
+            counts = (c["devices"], c["per_iteration"], c["tensors"], c["count"])
+            lines.append(_row(c["kind"], c["dtype"], c["where"], *counts, f"{c['bytes'] / GIB:,.2f}"))
     for name, plan in records.items():
-        lines += [
-            "",
-            f"Tried, {name}:",
-            "",
-            _row("remat", "seq. a GPU", "peak GiB", "fits", "step s", "MFU", "MFU full"),
-        ]
-        lines.append(_row(*["---"] * 7))
+        if "search" not in plan:
+            continue
+        lines += ["", f"Tried, {name}:", ""]
+        lines += [_row("remat", "seq. a GPU", "peak GiB", "fits", "step s", "MFU", "MFU full"), _row(*["---"] * 7)]
         for trial in plan["search"]["trials"]:
             tried = trial["plan"]
             cells = (
@@ -77,29 +92,45 @@ def _tables(records: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="directory for plan-NAME.json (default: nothing is written)")
-    parser.add_argument("--only", choices=TARGETS, nargs="+", default=list(TARGETS), help="some of the targets")
-    arguments = parser.parse_args()
-    sys.path.insert(0, str(REPOSITORY))
+def _plan(name: str) -> dict[str, Any]:
+    """Compiles and plans one target; its tables go to stderr."""
     from rich.console import Console
 
     from prosparse_jax.config_io import load_config
-    from prosparse_jax.observe.files import write_json_atomic
     from prosparse_jax.plan.commands import plan_run
 
-    records = {}
+    target = TARGETS[name]
+    config = load_config(REPOSITORY / "configs" / f"{target.recipe}.py", target.overrides)
+    os.environ["XLA_FLAGS"] = target.flags
+    facts = {
+        "what": "plan, compiled without a GPU",
+        "commit": _commit(),
+        "command": f"python benchmarks/plan_recipes.py --only {name}",
+        "overrides": target.overrides,
+        "xla_flags": target.flags,
+    }
     console = Console(stderr=True)
+    return facts | plan_run(
+        config, target.gpu, target.gpus, network_gbits=None, searching=target.searched, console=console
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=REPOSITORY / "benchmarks" / "results", help="directory of the files"
+    )
+    parser.add_argument(
+        "--only", choices=TARGETS, nargs="*", default=list(TARGETS), help="plan these; none: tables only"
+    )
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(REPOSITORY))
+    from prosparse_jax.observe.files import write_json_atomic
+
+    paths = {name: arguments.out / f"plan-{name}.json" for name in TARGETS}
     for name in arguments.only:
-        recipe, gpu, gpus = TARGETS[name]
-        config = load_config(REPOSITORY / "configs" / f"{recipe}.py")
-        record = plan_run(config, gpu, gpus, network_gbits=None, searching=True, console=console)
-        command = f"python benchmarks/plan_recipes.py --only {name}"
-        records[name] = {"what": "plan, compiled without a GPU", "commit": _commit(), "command": command} | record
-        if arguments.out:
-            write_json_atomic(arguments.out / f"plan-{name}.json", records[name])
-    print("\n".join(_tables(records)))
+        write_json_atomic(paths[name], _plan(name))
+    print("\n".join(_tables({name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()})))
 
 
 if __name__ == "__main__":

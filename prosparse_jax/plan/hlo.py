@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from prosparse_jax.errors import PlanError
+
 _BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64,
     "u64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0, "opaque": 0,
@@ -123,7 +125,7 @@ class Module:
     def sites(self) -> Iterator[Site]:
         """Every instruction outside of fusions, with its number of runs; loops stand before what is in them.
 
-        Raises ValueError for a loop of unknown length. Of a conditional all branches count.
+        Raises PlanError for a loop of unknown length. Of a conditional all branches count.
         """
         yield from self._visit(self.entry, 1, ())
 
@@ -133,7 +135,10 @@ class Module:
             if instruction.opcode == "while":
                 trips = instruction.trip_count
                 if trips is None:
-                    raise ValueError(f"the loop {instruction.name} ({instruction.op_name}) has no known trip count")
+                    raise PlanError(
+                        f"the loop {instruction.name} ({instruction.op_name}) has no known trip count, so nothing in it "
+                        "can be counted; XLA flags that rewrite loops (pipelining, double buffering) hide it"
+                    )
                 for name in instruction.called():
                     yield from self._visit(self.computations[name], runs * trips, (*loops, instruction))
             elif instruction.opcode in _RUNS_ONCE:
