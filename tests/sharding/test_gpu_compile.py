@@ -77,6 +77,19 @@ def flops_per_token(plan: Plan) -> float:
     return model.num_layers * (products + attention) + 6 * model.vocab_size * model.d_model
 
 
+def kept_bytes_per_token(plan: Plan) -> int:
+    """Hand count of what one layer keeps for the backward pass: its input and what the policy names, in bfloat16, and one
+    float32 statistic of the softmax per head."""
+    model, remat = plan.step.config.model, plan.step.config.training.remat
+    query, key_and_value = model.num_query_heads * model.head_width, 2 * model.num_kv_heads * model.head_width
+    kept = model.d_model + query
+    if remat in ("attention_gate", "most"):
+        kept += model.ffn_width
+    if remat == "most":
+        kept += query + key_and_value + model.d_model + model.ffn_width
+    return 2 * kept + 4 * model.num_query_heads
+
+
 def memory_problems(plan: Plan, target: Target) -> Iterator[str]:
     step, model = plan.step, plan.step.config.model
     if step.peak > target.gib * 2**30 or not plan.fits:
@@ -91,6 +104,15 @@ def memory_problems(plan: Plan, target: Target) -> Iterator[str]:
     state = step.parameters + step.optimizer
     if not state <= step.aliased <= step.output <= state + 2**16:
         yield f"{step.output} bytes of output and {step.aliased} of them aliased, for a state of {state}"
+    tokens = plan.micro_batch * step.config.training.sequence_length
+    activations = model.num_layers * tokens * kept_bytes_per_token(plan)
+    # The residual stream between two layers is among them, and sparsity counts.
+    if not activations <= plan.parts["activations"] <= 1.02 * activations:
+        yield f"activations of {plan.parts['activations']} bytes, not {activations}"
+    # Accumulators of all weights, and what one micro-batch adds to those of the layers.
+    layers = model.num_layers * sum(layer_matrices(model).values()) / matrices
+    if not 1 <= plan.parts["gradients"] / ((1 + layers) * share) <= 1.01:
+        yield f"gradients of {plan.parts['gradients']} bytes, not {(1 + layers) * share:.0f}"
     if sum(plan.parts.values()) != step.peak or min(plan.parts.values()) < 0:
         yield f"parts do not add up: {plan.parts}"
 
