@@ -51,6 +51,8 @@ def main() -> None:
     from prosparse_jax.plan.commands import plan_run
     from prosparse_jax.runtime import prepare_runtime
 
+    if arguments.out and arguments.out.is_dir():
+        raise IsADirectoryError(f"--out {arguments.out} is a directory; name a file in it")
     prepare_runtime()
     record = plan_run(
         config,

@@ -66,6 +66,7 @@ def plan(monkeypatch, capsys, tmp_path):
         (["--training.microbatches=4"], ["micro-batch of 4 sequences", "multiple of 8"]),
         (["--training.microbatches=3"], ["sequences_per_step=16", "microbatches=3", "multiple"]),
         (["--model.vocab-size=321"], ["vocab_size=321", "mesh.fsdp=8"]),
+        (["--out=."], ["--out . is a directory"]),
         (["--network-gbits=0"], ["--network-gbits 0", "positive"]),
         (["--gpu=tpu", "--gpus=0", "--seed=-1"], ["tpu", "--gpus 0", "seed=-1", "3 problems"]),
     ],
