@@ -1,8 +1,8 @@
 """Plans the recipes on the machines that they were written for, and prints the tables of docs/plan.md.
 
-    python benchmarks/plan_recipes.py         # about 15 minutes on two cores, no GPU
+    python benchmarks/plan_recipes.py --search        # about 10 minutes on two cores, no GPU
 
-Each plan is what scripts/plan.py gives, for the four recipes with its search of what fits, and is written to
+Each plan is what scripts/plan.py gives, for the four recipes with its search of what fits if --search is given, and is written to
 benchmarks/results/plan-NAME.json. The tables are of all files there.
 """
 
@@ -92,7 +92,7 @@ def _tables(records: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _plan(name: str) -> dict[str, Any]:
+def _plan(name: str, *, searching: bool) -> dict[str, Any]:
     """Compiles and plans one target; its tables go to stderr."""
     from rich.console import Console
 
@@ -105,13 +105,13 @@ def _plan(name: str) -> dict[str, Any]:
     facts = {
         "what": "plan, compiled without a GPU",
         "commit": _commit(),
-        "command": f"python benchmarks/plan_recipes.py --only {name}",
+        "command": f"python benchmarks/plan_recipes.py --only {name}" + (" --search" if searching else ""),
         "overrides": target.overrides,
         "xla_flags": target.flags,
     }
     console = Console(stderr=True)
     return facts | plan_run(
-        config, target.gpu, target.gpus, network_gbits=None, searching=target.searched, console=console
+        config, target.gpu, target.gpus, network_gbits=None, searching=searching and target.searched, console=console
     )
 
 
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=REPOSITORY / "benchmarks" / "results", help="directory of the files"
     )
+    parser.add_argument("--search", action="store_true", help="also look for what fits, for the recipes")
     parser.add_argument(
         "--only", choices=TARGETS, nargs="*", default=list(TARGETS), help="plan these; none: tables only"
     )
@@ -129,7 +130,7 @@ def main() -> None:
 
     paths = {name: arguments.out / f"plan-{name}.json" for name in TARGETS}
     for name in arguments.only:
-        write_json_atomic(paths[name], _plan(name))
+        write_json_atomic(paths[name], _plan(name, searching=arguments.search))
     print("\n".join(_tables({name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()})))
 
 
