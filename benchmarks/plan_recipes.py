@@ -2,7 +2,7 @@
 
     python benchmarks/plan_recipes.py --search        # about 10 minutes on two cores, no GPU
 
-Each plan is what scripts/plan.py gives, for the four recipes with its search of what fits if --search is given, and is written to
+Each plan is what scripts/plan.py gives (for the four recipes with its search, if --search is given), and is written to
 benchmarks/results/plan-NAME.json. The tables are of all files there.
 """
 
