@@ -61,17 +61,41 @@ def _times(plan: dict[str, Any]) -> list[str]:
 
 
 def _tables(records: dict[str, dict[str, Any]]) -> list[str]:
-    heads = "plan|on|seq. a GPU, remat|state|grad.|act.|temp.|peak GiB|usable|step s|MFU|MFU full|comm. s, exposed"
-    lines = [_row(*heads.split("|")), _row(*["---"] * 13)]
+    heads = (
+        "plan",
+        "GPUs",
+        "seq. a GPU, remat",
+        "state",
+        "gradients",
+        "activations",
+        "temporaries",
+        "peak GiB",
+        "usable",
+    )
+    lines = [_row(*heads), _row(*["---"] * len(heads))]
     for name, plan in records.items():
         parts = {part: size / GIB for part, size in plan["parts"].items()}
         state = parts["parameters"] + parts["optimizer"]
         setting = f"{plan['micro_batch_per_gpu']}, {plan['training']['remat']}"
         sizes = [f"{x:.1f}" for x in (state, parts["gradients"], parts["activations"], parts["temporaries"])]
         memory = [f"**{plan['peak_bytes'] / GIB:.1f}**", f"{plan['usable_bytes'] / GIB:.1f}"]
-        times = plan["times"]["expected"]
-        wire = f"{times['communication']:.1f}, {times['exposed']:.1f}"
-        lines.append(_row(name, f"{plan['gpus']} {plan['gpu']}", setting, *sizes, *memory, *_times(plan), wire))
+        lines.append(_row(name, f"{plan['gpus']} {plan['gpu']}", setting, *sizes, *memory))
+    heads = (
+        "plan",
+        "step s",
+        "MFU",
+        "MFU, full attention",
+        "tokens/s/GPU",
+        "communication s",
+        "exposed",
+        "GFLOP/token",
+    )
+    lines += ["", _row(*heads), _row(*["---"] * len(heads))]
+    for name, plan in records.items():
+        times, rate = plan["times"]["expected"], plan["tokens_per_second"]
+        rates = f"{rate['hard']:,.0f} / {rate['expected']:,.0f}"
+        wire = (f"{times['communication']:.1f}", f"{times['exposed']:.1f}")
+        lines.append(_row(name, *_times(plan), rates, *wire, f"{plan['flops_per_token'] / 1e9:.1f}"))
     for name, plan in records.items():
         lines += ["", f"Communication, {name}:", ""]
         lines += [_row("collective", "type", "where", "GPUs", "each", "arrays", "runs", "GiB"), _row(*["---"] * 8)]
