@@ -192,10 +192,10 @@ class Sweep:
                 continue
             if result is None:
                 result = self.record["variants"][variant.key] = dataclasses.asdict(variant) | _run(variant, self.steps)
+                told = result.get("failed") or f"{result['tokens_per_second']:,.0f} tokens/s"
+                print(f"{variant.key}: {told}", file=sys.stderr, flush=True)
                 if self.out:
                     write_json_atomic(self.out, self.record)
-            told = result.get("failed") or f"{result['tokens_per_second']:,.0f} tokens/s"
-            print(f"{variant.key}: {told}", file=sys.stderr, flush=True)
             if "failed" not in result:
                 rates[variant] = result["tokens_per_second"]
         return max(rates, key=rates.__getitem__, default=None)
