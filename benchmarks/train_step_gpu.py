@@ -233,9 +233,7 @@ def _record(out: Path | None) -> dict[str, Any]:
         old = json.loads(out.read_text(encoding="utf-8"))
         if old.get("commit") != new["commit"]:
             # Its figures took a GPU: they are not overwritten, and those of two commits are not mixed.
-            raise SystemExit(
-                f"{out} has figures of commit {old.get('commit')}, this is {new['commit']}: choose another --out"
-            )
+            raise SystemExit(f"{out} is of commit {old.get('commit')}, this is {new['commit']}: choose another --out")
         new["variants"] = old["variants"]
     return new
 
