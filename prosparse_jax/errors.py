@@ -45,11 +45,15 @@ class OutOfMemoryError(RuntimeError):
     """The devices have too little memory for the run."""
 
 
+class PlanError(ValueError):
+    """A training step that cannot be compiled ahead of time."""
+
+
 # No room, over a quota or a file-size limit, a read-only file system.
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 USER_ERRORS = (
-    ConfigError, DataError, RecordError, CheckpointError, TroubleError, OutOfMemoryError,
+    ConfigError, DataError, RecordError, CheckpointError, TroubleError, OutOfMemoryError, PlanError,
     FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
 )  # fmt: skip
 
