@@ -138,7 +138,9 @@ class _Loop:
             if step % config.logging.every == 0 or step == config.training.steps:
                 trouble = self._log(step, jax.device_get(metrics))
                 if trouble is not None:
+                    self.telemetry.stop()
                     step = self._after_trouble(trouble)
+                    self.telemetry.start()
 
     def _compile(self) -> jax.stages.Compiled:
         began = time.perf_counter()
