@@ -65,7 +65,8 @@ class Program:
     def place_step_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
         """Host arrays `inputs`, `targets`, `mask` of shape (sequences, T) -> micro-batches (A, B, T) on the mesh."""
         training = self.config.training
-        return self._place({name: x.reshape(training.microbatches, -1, x.shape[-1]) for name, x in arrays.items()})
+        shape = (training.microbatches, -1, training.sequence_length)
+        return self._place({name: arrays[name].reshape(shape) for name in ("inputs", "targets", "mask")})
 
     def place_validation_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
         """Host arrays `inputs`, `targets`, `mask` of shape (B, T) on the mesh."""

@@ -268,17 +268,22 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         tokenizer = choose_tokenizer(config, assets, config.init_from or str(directory), say)
         tokens = prepare_tokens(config.data, tokenizer)
         iterator = training_iterator(
-            tokens.train,
+            tokens,
+            config.data,
             sequence_length=training.sequence_length,
             batch_size=training.sequences_per_step,
             seed=config.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
-        validation_arrays = validation_batches(
-            tokens.validation,
+        by_source = validation_batches(
+            tokens,
+            config.data,
             sequence_length=training.sequence_length,
             batch_size=program.micro_batch,
             sequences=config.logging.evaluation_sequences,
         )
+        validation_arrays = [batch for batches in by_source.values() for batch in batches]
         state = _starting_state(program, store, saved, source, iterator)
         start = saved or 0
         write_json_atomic(directory / "config.json", config_to_dict(config))
@@ -287,7 +292,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             Progress(training.steps, start_step=start, console=console) as progress,
         ):
             loop = _Loop(
-                program, state, iterator, list(validation_arrays), assets_to_keep(tokenizer, assets), store, writer,
+                program, state, iterator, validation_arrays, assets_to_keep(tokenizer, assets), store, writer,
                 progress, peak_flops(jax.devices()[0]), start,
             )  # fmt: skip
             step, interrupted = loop.run()

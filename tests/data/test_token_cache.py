@@ -15,8 +15,9 @@ import tokenizers
 from tokenizers import models
 
 from prosparse_jax.config import DataConfig
+from prosparse_jax.data.documents import is_validation
 from prosparse_jax.data.progress import DelayedProgress
-from prosparse_jax.data.sources import is_validation, read_documents
+from prosparse_jax.data.sources import read_documents
 from prosparse_jax.data.token_cache import prepare_tokens
 from prosparse_jax.data.tokenizer import TextTokenizer, load_or_train_tokenizer
 from prosparse_jax.errors import DataError
