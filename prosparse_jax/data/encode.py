@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 
 from prosparse_jax.config import DataConfig
 from prosparse_jax.data.documents import Document
@@ -74,32 +75,20 @@ def encode_documents(
     Args:
       with_loss: whether `responses` of the documents decide what counts.
     """
-    dtype = token_dtype(tokenizer)
+    exchanges = [_exchanges(document) for document in documents]
+    texts = list(itertools.chain.from_iterable(exchanges))
+    flags: list[list[int]] = []
     if with_loss:
-        pairs = [_with_responses(tokenizer, wrap, document) for document in documents]
+        encodings = iter(tokenizer.encode_with_offsets(texts))
+        pairs = [_with_responses(wrap, *each, encodings) for each in zip(documents, exchanges, strict=True)]
         parts, flags = [ids for ids, _ in pairs], [counts for _, counts in pairs]
     else:
-        parts, flags = _plain(tokenizer, wrap, documents), []
-    tokens = np.fromiter(itertools.chain.from_iterable(parts), dtype)
+        encoded = iter(tokenizer.encode_batch(texts))
+        parts = [_plain(wrap, len(of_document), encoded) for of_document in exchanges]
+    tokens = np.fromiter(itertools.chain.from_iterable(parts), token_dtype(tokenizer))
     lengths = np.fromiter(map(len, parts), np.uint32)
     loss = np.fromiter(itertools.chain.from_iterable(flags), np.uint8) if with_loss else None
     return EncodedDocuments(tokens, lengths, loss)
-
-
-def _plain(tokenizer: TextTokenizer, wrap: Wrapping, documents: list[Document]) -> list[list[int]]:
-    exchanges = [_exchanges(document) for document in documents]
-    encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(exchanges))))
-    before = [] if wrap.bos_id is None else [wrap.bos_id]
-    after = [] if wrap.eos_id is None else [wrap.eos_id]
-    parts = []
-    for texts in exchanges:
-        ids: list[int] = []
-        for _ in texts:
-            ids += before
-            ids += next(encoded)
-            ids += after
-        parts.append(ids)
-    return parts
 
 
 def _exchanges(document: Document) -> list[str]:
@@ -109,14 +98,28 @@ def _exchanges(document: Document) -> list[str]:
     return [document.text[begin:end] for begin, end in itertools.pairwise(places)]
 
 
-def _with_responses(tokenizer: TextTokenizer, wrap: Wrapping, document: Document) -> tuple[list[int], list[int]]:
+def _plain(wrap: Wrapping, exchanges: int, encoded: Iterator[list[int]]) -> list[int]:
+    """The next document of so many exchanges."""
+    before = [] if wrap.bos_id is None else [wrap.bos_id]
+    after = [] if wrap.eos_id is None else [wrap.eos_id]
+    ids: list[int] = []
+    for exchange in itertools.islice(encoded, exchanges):
+        ids += before
+        ids += exchange
+        ids += after
+    return ids
+
+
+def _with_responses(
+    wrap: Wrapping, document: Document, exchanges: list[str], encodings: Iterator[tokenizers.Encoding]
+) -> tuple[list[int], list[int]]:
+    """The next document, and which of its tokens count in the loss."""
+    responses = ((0, len(document.text)),) if document.responses is None else document.responses
     ids: list[int] = []
     flags: list[int] = []
     begin = 0
-    texts = _exchanges(document)
-    for text, encoding in zip(texts, tokenizer.encode_with_offsets(texts), strict=True):
+    for text, encoding in zip(exchanges, encodings, strict=False):
         end = begin + len(text)
-        responses = document.responses if document.responses is not None else ((0, len(document.text)),)
         inside = [(first - begin, last - begin) for first, last in responses if first < end and last > begin]
         if wrap.bos_id is not None:
             ids.append(wrap.bos_id)

@@ -147,6 +147,12 @@ def manifest_entries(
     }
 
 
+def complete_source(folder: Path, manifest: dict[str, Any]) -> None:
+    """Marks the folder of a source as complete."""
+    write_manifest(folder, manifest)
+    (folder / _PROGRESS).unlink(missing_ok=True)
+
+
 def prepare_directory(
     data: DataConfig,
     tokenizer: TextTokenizer,
@@ -191,8 +197,7 @@ def prepare_directory(
                     report=lambda done, name=source.name, size=info.size: report(name, min(done, size), size),
                 )  # fmt: skip
                 manifest = manifest_entries(source, fingerprint, tokenizer, written)
-                write_manifest(folder, manifest)
-                (folder / _PROGRESS).unlink(missing_ok=True)
+                complete_source(folder, manifest)
             else:
                 _verify(folder, manifest, fingerprint)
                 say(f"{source.name}: complete, checksums are right")

@@ -15,9 +15,15 @@ import numpy as np
 from prosparse_jax.config import DataConfig, SourceConfig
 from prosparse_jax.data import cache
 from prosparse_jax.data.encode import Encoder, wrapping
-from prosparse_jax.data.prepare import manifest_entries, read_prepared, source_fingerprint, tokenize_source
+from prosparse_jax.data.prepare import (
+    complete_source,
+    manifest_entries,
+    read_prepared,
+    source_fingerprint,
+    tokenize_source,
+)
 from prosparse_jax.data.progress import DelayedProgress
-from prosparse_jax.data.shards import TokenSplit, open_split, read_manifest, shard_problems, write_manifest
+from prosparse_jax.data.shards import TokenSplit, open_split, read_manifest, shard_problems
 from prosparse_jax.data.sources import source_info, sources_of
 from prosparse_jax.data.tokenizer import TextTokenizer
 from prosparse_jax.errors import DataError
@@ -94,7 +100,7 @@ def _from_cache(
             written = tokenize_source(
                 source, data, encoder, folder, fingerprint, report=lambda done: report(min(done, info.size), info.size)
             )
-        write_manifest(folder, manifest_entries(source, fingerprint, tokenizer, written))
+        complete_source(folder, manifest_entries(source, fingerprint, tokenizer, written))
 
     name = hashlib.sha256(json.dumps([source.name, fingerprint]).encode()).hexdigest()[:16]
     entry = cache.cache_directory(data) / "tokens" / name

@@ -152,7 +152,7 @@ def test_too_little_text_is_an_error_that_says_how_much_there_is():
 
 
 SOURCES = [
-    token_source(np.arange(100, 100 + 60 * T, dtype=np.uint16), [37] * 13 + [60 * T - 37 * 13], name="a", weight=0.5),
+    token_source(np.arange(100, 100 + 60 * T, dtype=np.uint16), [37] * 12 + [36], name="a", weight=0.5),
     token_source(np.arange(1000, 1000 + 21 * T, dtype=np.uint16), [5] * 33 + [3], name="b", weight=0.3),
     token_source(np.arange(3000, 3000 + 11 * T, dtype=np.uint16), [88], name="c", weight=0.2),
 ]
