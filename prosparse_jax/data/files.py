@@ -57,7 +57,7 @@ class SourceFile(NamedTuple):
         raw = _open_url(self.location) if not self.local else cast(BinaryIO, open(self.location, "rb"))  # noqa: SIM115
         compression = PurePosixPath(self.name).suffix.lower()
         if compression == ".gz":
-            return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            return cast(BinaryIO, _GzipStream(raw))
         if compression == ".zst":
             return cast(BinaryIO, io.BufferedReader(_ZstdStream(raw), _BUFFER))
         return raw
@@ -88,6 +88,18 @@ class SourceFile(NamedTuple):
 def _open_url(url: str) -> BinaryIO:
     system, path = fsspec.core.url_to_fs(url)
     return system.open(path, "rb")
+
+
+class _GzipStream(gzip.GzipFile):
+    """Decompresses gzip, and closes the file below it too."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw = raw
+        super().__init__(fileobj=raw)
+
+    def close(self) -> None:
+        super().close()
+        self._raw.close()
 
 
 class _ZstdStream(io.RawIOBase):
