@@ -1,5 +1,6 @@
 """Records of one file, whatever its format: JSON Lines, Parquet, Arrow, ArrayRecord, plain text."""
 
+import contextlib
 import io
 import json
 import zlib
@@ -140,22 +141,14 @@ def _array_records(file: SourceFile) -> Iterator[RawRecord]:
         yield RawRecord(file.name, file.location, problem, 0)
         return
     try:
-        reader = array_record_module.ArrayRecordReader(file.location)
-    except (RuntimeError, ValueError) as error:
+        with contextlib.closing(array_record_module.ArrayRecordReader(file.location)) as reader:
+            count = reader.num_records()
+            for begin in range(0, count, _ROWS):
+                for number, record in enumerate(reader.read(begin, min(begin + _ROWS, count)), begin + 1):
+                    content = _parse(record, "record")
+                    yield RawRecord(f"{file.name}:{number}", f"{file.location}:{number}", content, len(record))
+    except (RuntimeError, ValueError, IndexError) as error:  # the library has none of its own
         raise EOFError(str(error)) from error
-    try:
-        count = reader.num_records()
-        for begin in range(0, count, _ROWS):
-            try:
-                records = reader.read(begin, min(begin + _ROWS, count))
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise EOFError(str(error)) from error
-            for number, record in enumerate(records, begin + 1):
-                yield RawRecord(
-                    f"{file.name}:{number}", f"{file.location}:{number}", _parse(record, "record"), len(record)
-                )
-    finally:
-        reader.close()
 
 
 def _text_pieces(file: SourceFile) -> Iterator[RawRecord]:
