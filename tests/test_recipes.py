@@ -10,7 +10,8 @@ import pytest
 
 from prosparse_jax import config_checks
 from prosparse_jax.config import Config
-from prosparse_jax.config_io import RECIPES, load_recipe
+from prosparse_jax.config_io import RECIPES, load_config, load_recipe
+from prosparse_jax.data.sources import source_names
 from prosparse_jax.training.setup import build_program
 
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
@@ -119,3 +120,25 @@ def test_every_step_traces_for_eight_devices_without_making_a_weight(name):
         assert count == PARAMETERS[name]
     # Constants of the trace may stay alive; the smallest of these models has a million weights.
     assert sum(array.size for array in jax.live_arrays()) - before < 10_000
+
+
+def test_the_mixture_names_the_nine_sources_of_the_paper():
+    # Appendix E, without "other collected corpora".
+    language = {"starcoder", "wikipedia", "pile"}
+    instructions = {"ultrachat", "p3", "paq", "unnatural_instructions", "flan", "super_natural_instructions"}
+    sources = {source.name: source for source in recipe("prosparse_7b").data.sources}
+    assert sources.keys() == language | instructions
+    # Each with the adapter of its own published format, and a place to get it from.
+    assert all(source.records == name and "https://" in source.where_to_get for name, source in sources.items())
+    assert {name for name, source in sources.items() if source.loss_on == "response"} == instructions
+    assert sum(source.weight for source in sources.values()) == pytest.approx(1.0)
+    missing = config_checks.missing_files(recipe("prosparse_7b"))
+    assert sum("Where to get it: https://" in line for line in missing) == 9
+
+
+def test_text_of_ones_own_replaces_the_mixture():
+    config = load_config(RECIPES / "prosparse_7b.py", ["--data.paths", "mine"])
+    assert source_names(config.data) == ("text",)
+    heavier = load_config(RECIPES / "prosparse_7b.py", ["--data.sources.2.weight", "0.5"])
+    assert [source.weight for source in heavier.data.sources][:3] == [0.2, 0.15, 0.5]
+    assert source_names(heavier.data)[2] == "pile"
