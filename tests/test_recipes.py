@@ -4,13 +4,14 @@ The published tables stand here as data, apart from the recipes.
 """
 
 import dataclasses
+import json
 
 import jax
 import pytest
 
 from prosparse_jax import config_checks
 from prosparse_jax.config import Config
-from prosparse_jax.config_io import RECIPES, load_config, load_recipe
+from prosparse_jax.config_io import RECIPES, config_from_dict, config_to_dict, load_config, load_recipe
 from prosparse_jax.data.sources import source_names
 from prosparse_jax.training.setup import build_program
 
@@ -61,6 +62,12 @@ def test_a_recipe_has_its_own_name_and_no_problem_on_eight_devices(name):
     assert recipe(name).name == name
     assert config_checks.problems(recipe(name), 8) == []
     assert config_checks.warnings(recipe(name)) == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_recipe_comes_back_from_the_json_that_a_run_keeps(name):
+    stored = json.loads(json.dumps(config_to_dict(recipe(name))))
+    assert config_from_dict(stored, source="a run") == recipe(name)
 
 
 @pytest.mark.parametrize("name", STAGES)

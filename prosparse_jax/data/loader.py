@@ -54,6 +54,7 @@ class TrainingDataset(grain.IterDataset):
         process_count: int = 1,
     ):
         super().__init__()
+        assert batch_size % process_count == 0, (batch_size, process_count)
         self.batch_size, self.first_seed, self.process_count = batch_size, seed, process_count
         self.reseeds = data.on_topology_change == "reseed"
         self._process_index, self._prefetch = process_index, data.prefetch

@@ -24,9 +24,9 @@ from prosparse_jax.data.shards import (
     write_manifest,
 )
 from prosparse_jax.data.sources import Skipped, read_source, reading_settings, source_info, sources_of
-from prosparse_jax.data.tokenizer import PREPARED_TOKENIZER, TextTokenizer
+from prosparse_jax.data.tokenizer import PREPARED_TOKENIZER, TextTokenizer, load_tokenizer
 from prosparse_jax.errors import DataError
-from prosparse_jax.observe.files import write_json_atomic
+from prosparse_jax.observe.files import atomic_directory, write_json_atomic
 
 SHARD_TOKENS = 2**27
 """A shard ends with the batch of documents that reaches this many tokens."""
@@ -182,9 +182,7 @@ def prepare_directory(
     out.mkdir(parents=True, exist_ok=True)
     with _claimed(out), Encoder(tokenizer, wrapping(data, tokenizer), processes=processes) as encoder:
         infos = [source_info(source) for source in sources_of(data)]
-        (out / PREPARED_TOKENIZER).mkdir(exist_ok=True)
-        for name, content in tokenizer.files.items():
-            (out / PREPARED_TOKENIZER / name).write_bytes(content)
+        _keep_tokenizer(out, tokenizer)
         entries = []
         for source, info in zip(sources_of(data), infos, strict=True):
             folder = out / source.name
@@ -211,6 +209,17 @@ def prepare_directory(
         }
         write_manifest(out, whole)
     return whole
+
+
+def _keep_tokenizer(out: Path, tokenizer: TextTokenizer) -> None:
+    """Puts the tokenizer's files beside its tokens; refuses to where those of another are."""
+    folder = out / PREPARED_TOKENIZER
+    if folder.exists() and load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise DataError(f"{out} holds tokens of another tokenizer. Delete it, or choose another --out.")
+    with contextlib.suppress(FileExistsError), atomic_directory(folder, needed_bytes=0) as temporary:
+        temporary.mkdir()
+        for name, content in tokenizer.files.items():
+            (temporary / name).write_bytes(content)
 
 
 def _verify(folder: Path, manifest: dict[str, Any], fingerprint: str) -> None:

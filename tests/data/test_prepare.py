@@ -299,6 +299,10 @@ def test_tokens_of_something_else_are_refused(mixture, tmp_path, prose):
     opened(dataclasses.replace(data, sources=tuple(dataclasses.replace(s, weight=1.0) for s in mixture.sources)))
     with pytest.raises(DataError, match="holds tokens of other text"):
         prepare(dataclasses.replace(mixture, validation_share=0.1), out)
+    other = train_byte_level_bpe([prose(9)], 290)
+    with pytest.raises(DataError, match=r"holds tokens of another tokenizer\. Delete it, or choose another --out"):
+        prepare_directory(mixture, other, out, processes=0, report=lambda *_: None, say=print)
+    assert (out / "tokenizer" / "tokenizer.json").read_bytes() == Path(data.tokenizer, "tokenizer.json").read_bytes()
     (out / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"prepare_data\.py has not ended"):
         opened(data)
