@@ -27,9 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 SEQUENCE_LENGTH, SEQUENCES = 4096, 64
 TOKENS, FIRST = 10_000_000, 1_000_000
 VOCABULARY = 8192
-ROUNDS = 3
-COPIES = 2
-"""Of the text, for tokenising to take seconds."""
+ROUNDS = 5
 PACKINGS = (("concat_then_split", False), ("concat_then_split", True), ("best_fit", True))
 
 
@@ -44,14 +42,12 @@ def write_sources(folder: Path) -> Any:
         open(folder / "prose.jsonl", "w") as prose,
         open(folder / "questions.jsonl", "w") as questions,
     ):
-        for copy in range(COPIES):
-            for document in standard_library_documents():
-                text = document.text if copy == 0 else document.text.swapcase()
-                file = code if document.name.endswith(".py") else prose
-                file.write(json.dumps({"text": text}) + "\n")
-                lines = [line.strip() for line in text.splitlines() if len(line) > 40][:40]
-                for prompt, response in zip(lines[::2], lines[1::2], strict=False):
-                    questions.write(json.dumps({"prompt": prompt, "response": response}) + "\n")
+        for document in standard_library_documents():
+            file = code if document.name.endswith(".py") else prose
+            file.write(json.dumps({"text": document.text}) + "\n")
+            lines = [line.strip() for line in document.text.splitlines() if len(line) > 40][:40]
+            for prompt, response in zip(lines[::2], lines[1::2], strict=False):
+                questions.write(json.dumps({"prompt": prompt, "response": response}) + "\n")
 
     def source(name: str, weight: float, **fields: Any) -> SourceConfig:
         return SourceConfig(name=name, weight=weight, paths=(str(folder / f"{name}.jsonl"),), **fields)

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ SHARD_TOKENS = 2**27
 """A shard ends with the batch of documents that reaches this many tokens."""
 
 _PROGRESS = "progress.json"
+# What a killed call may leave in the folder of a source.
+_OWN_FILES = re.compile(r"\d{5}\.(train|validation)\.(tokens|lengths|loss)|\.?(progress|manifest)\.json(\.\d+\.tmp)?")
 
 Report = Callable[[int], None]
 """Called with the bytes of a source that are behind us."""
@@ -121,6 +124,13 @@ def _progress(folder: Path, fingerprint: str) -> dict[str, Any]:
                 f"{folder} holds unfinished tokens of other text, settings or another tokenizer. Delete it, or choose "
                 "another --out."
             )
+    foreign = [file.name for file in folder.iterdir() if not _OWN_FILES.fullmatch(file.name)]
+    if foreign:
+        # The text itself may be in a folder of this name.
+        raise DataError(
+            f"{folder} holds files that are no tokens, such as {sorted(foreign)[0]}. Choose another --out; nothing "
+            "there was changed."
+        )
     kept = {file["name"] for shard in done["shards"] for split in SPLITS for file in shard[split]["files"].values()}
     for file in folder.iterdir():
         if file.name not in kept and file != path:

@@ -271,6 +271,18 @@ def test_made_again_it_compares_checksums(mixture, tmp_path):
             action()
 
 
+def test_a_folder_of_text_is_never_taken_for_one_of_tokens(mixture, tmp_path):
+    """--out may be the place where the sources are."""
+    text = tmp_path / "texts" / "part.jsonl"
+    text.parent.mkdir()
+    text.write_text('{"text": "irreplaceable"}')
+    with pytest.raises(
+        DataError, match=r"texts holds files that are no tokens, such as part\.jsonl\. Choose another --out"
+    ):
+        prepare(mixture, tmp_path)
+    assert text.read_text() == '{"text": "irreplaceable"}'
+
+
 def test_a_truncated_shard_is_named(mixture, tmp_path):
     prepare(mixture, tmp_path / "out")
     shard = tmp_path / "out" / "chats" / "00000.train.loss"
