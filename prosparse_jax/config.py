@@ -133,14 +133,31 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One source of a mixture."""
+    """One source of the mixture: where its records are, how one becomes a document, and its share of the tokens."""
 
     name: str
-    """How records and plots call it."""
     weight: float = 1.0
-    """Its share of the training tokens, relative to those of the other sources."""
+    """Share of the real tokens of the mixture, relative to the other sources'."""
     paths: tuple[str, ...] = ()
-    """JSON Lines files, text files or folders of them."""
+    """JSON Lines, Parquet, ArrayRecord or text files (.gz and .zst too), folders of them, saved `datasets` directories;
+    local, or URLs such as gs://bucket/folder and s3://bucket/folder."""
+    records: str = "text"
+    """What a record is: text, prompt_response, chat (fields below), or a published data set by its name
+    (prosparse_jax/data/records.py)."""
+    text_field: str = "text"
+    """text: the field that holds the document."""
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    turns_field: str = "messages"
+    """chat: a list of {"role", "content"}, or of strings that alternate between user and assistant."""
+    id_field: str = ""
+    """A field that names the record: it decides the split, and no two may be the same. Empty: named by file and line."""
+    template: str = "plain"
+    """How a prompt and its response become text: plain, llama2_chat, or a text with {prompt} and {response} in it."""
+    loss_on: Literal["all", "response"] = "all"
+    """Which tokens count in the loss: all, or those of the responses and the EOS after them."""
+    where_to_get: str = ""
+    """Told to a user whose paths are missing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,16 +165,32 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     paths: tuple[str, ...] = ()
-    """JSON Lines files, text files or folders of them. Empty: the Python standard library of this interpreter."""
-    sources: tuple[SourceConfig, ...] = ()
-    """A mixture of named sources instead of `paths`."""
-    document_masks: bool = False
-    """Each document of a packed sequence sees only itself, and its positions start at 0 (docs/method.md)."""
+    """The simple form of `sources`, used instead of them where it is given: JSON Lines files, text files or folders of
+    them, as one source. Neither: the Python standard library of this interpreter."""
     text_field: str = "text"
-    """Field of a JSON Lines record that holds the document."""
+    """Field of a JSON Lines record of `paths` that holds the document."""
+    sources: tuple[SourceConfig, ...] = ()
+    """The mixture."""
+    prepared: str = ""
+    """A directory that scripts/prepare_data.py made of these sources: tokens are read from it, the text is not needed."""
     tokenizer: str = ""
-    """A tokenizer.json or a folder that holds one. Empty: that of init_from, or without init_from a byte-level BPE of the
-    model's vocabulary size, trained once on the training documents."""
+    """A tokenizer.json or a folder that holds one. Empty: that of init_from, or without init_from that of `prepared`, or
+    a byte-level BPE of the model's vocabulary size, trained once on the training documents."""
+    bos: Literal["tokenizer", "always", "never"] = "tokenizer"
+    """Whether a document begins with the BOS token. tokenizer: as its own post-processor has it."""
+    eos: Literal["tokenizer", "always", "never"] = "tokenizer"
+    """Whether a document ends with the EOS token. tokenizer: where it has one."""
+    packing: Literal["concat_then_split", "best_fit"] = "concat_then_split"
+    """concat_then_split: sequences are cut from the documents one after another. best_fit: whole documents are put
+    together so that little padding remains; only those longer than a sequence are cut."""
+    document_masks: bool = False
+    """Attention stays inside a document, and positions begin anew in each."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """skip: records and files that cannot be used are left out, counted, and reported."""
+    on_topology_change: Literal["refuse", "reseed"] = "refuse"
+    """When a run is resumed by another number of processes. reseed: the order of the data begins anew."""
+    prefetch: int = 2
+    """Batches that a thread of its own makes ahead. 0: each is made when it is wanted."""
     validation_share: float = 0.05
     """Share of the documents (by name, not at random) that is held out."""
     cache_directory: str = ""

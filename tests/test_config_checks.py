@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from prosparse_jax import config_checks
-from prosparse_jax.config import ActivationConfig, Config, RopeScaling, Stage
+from prosparse_jax.config import ActivationConfig, Config, DataConfig, RopeScaling, SourceConfig, Stage
 from prosparse_jax.errors import ConfigError
 from tests.support import SMALL, small_config
 
@@ -24,6 +24,11 @@ def act(name: str, parameter: float | tuple[float, ...] = 0.0) -> dict[str, Any]
 
 def rope(**fields: Any) -> dict[str, Any]:
     return {"model": {"rope_scaling": RopeScaling(**fields)}}
+
+
+def sources(*changes: dict[str, Any]) -> dict[str, Any]:
+    plain = {"name": "web", "paths": ("web.jsonl",)}
+    return {"data": {"sources": tuple(SourceConfig(**plain | changed) for changed in changes)}}
 
 
 # One broken rule each: what is changed in a config that works, and what the one message must say.
@@ -73,6 +78,17 @@ RULES: list[tuple[dict[str, Any], str]] = [
     *[({"logging": {name: 0}}, rf"logging\.{name}=0 must be at least 1")
       for name in ("every", "evaluate_every", "evaluation_sequences")],
     *[({"checkpoint": {name: 0}}, rf"checkpoint\.{name}=0 must be at least 1") for name in ("every", "keep")],
+    ({"data": {"prefetch": -1}}, r"data\.prefetch=-1 must be a number of batches, or 0"),
+    (sources({}, {}), r"data\.sources has 2 sources named 'web'; give each a name of its own"),
+    *[(sources({"name": name}), rf"data\.sources\.0\.name='{name}' must be a non-empty name without slashes")
+      for name in ("", "a/b", "tokenizer", "text")],
+    *[(sources({"weight": value}), rf"data\.sources\.0\.weight={value} must be positive and finite")
+      for value in (0.0, -1.0, INF, NAN)],
+    (sources({"paths": ()}), r"data\.sources\.0\.paths is empty; give the files"),
+    (sources({"records": "paq2"}), r"data\.sources\.0\.records='paq2' is unknown; choose one of text, .*paq"),
+    (sources({"loss_on": "response"}), r"loss_on='response', but records='text' have no responses; set loss_on"),
+    (sources({"template": "llama2_chat"}), r"template='llama2_chat' does nothing: records='text' are texts"),
+    (sources({"records": "paq", "template": "{prompt}"}), r"template='\{prompt\}' has the fields \['prompt'\], where"),
     *[({"data": {"validation_share": value}}, rf"data\.validation_share={value} must be between 0 and 1")
       for value in (0.0, 1.0, NAN)],
 ]  # fmt: skip
@@ -208,3 +224,22 @@ def test_all_mistyped_values_are_listed_and_whole_numbers_may_stand_for_others()
 
 def test_defaults_have_no_problem():
     assert config_checks.problems(Config(name="defaults"), 8) == []
+
+
+def test_a_source_that_is_missing_says_where_to_get_it():
+    data = DataConfig(
+        sources=(
+            SourceConfig(name="web", paths=("no/web",), where_to_get="https://example.org/web"),
+            SourceConfig(name="cloud", paths=("gs://bucket/web",)),
+        )
+    )
+    missing = config_checks.missing_files(dataclasses.replace(SMALL, data=data))
+    assert missing == [
+        "data.sources.0.paths='no/web' (source 'web') does not exist. Where to get it: https://example.org/web"
+    ]
+    # Paths stand in for the sources, and prepared tokens need no text at all.
+    for instead in ({"paths": ("no/text",)}, {"prepared": "no/tokens", "paths": ("no/text",)}):
+        changed = dataclasses.replace(SMALL, data=dataclasses.replace(data, **instead))
+        (name,) = instead if len(instead) == 1 else ("prepared",)
+        (found,) = config_checks.missing_files(changed)
+        assert found.startswith(f"data.{name}=")

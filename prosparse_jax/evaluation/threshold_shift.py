@@ -1,6 +1,7 @@
 """Step 3 of ProSparse on a checkpoint: sweep the FATReLU threshold on held-out text, choose one, write the result."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def _fatrelu_config(stored: Config, source: Path, paths: Sequence[str]) -> Confi
             model=dataclasses.replace(stored.model, activation=ActivationConfig(name="fatrelu")),
             # The penalty belongs to training; its schedule says nothing about the shifted model.
             sparsity=SparsityConfig(),
-            data=dataclasses.replace(stored.data, paths=tuple(paths) or stored.data.paths),
+            data=dataclasses.replace(stored.data, paths=tuple(paths), prepared="") if paths else stored.data,
         )
     )
 
@@ -111,8 +112,9 @@ def sweep_thresholds(
     length = config.training.sequence_length
     # A checkpoint may come from more devices, and then a whole micro-batch would not fit here.
     per_device = min(max(1, TOKENS_PER_DEVICE // length), program.micro_batch // program.mesh.size)
-    arrays = validation_batches(
-        tokens.validation,
+    by_source = validation_batches(
+        tokens,
+        config.data,
         sequence_length=length,
         batch_size=per_device * program.mesh.size,
         sequences=sequences,
@@ -121,7 +123,7 @@ def sweep_thresholds(
     settings_SL = jnp.tile(jnp.asarray(ordered, jnp.float32)[:, None], (1, config.model.num_layers))
     with jax.set_mesh(program.mesh):
         parameters = load_sharded(source, program.abstract_parameters)
-        batches = map(program.place_validation_batch, arrays)
+        batches = map(program.place_validation_batch, itertools.chain.from_iterable(by_source.values()))
         validations = run_validation(program.validate, parameters, batches, settings_SL, config.model.ffn_width)
     rows = [
         SweepRow(

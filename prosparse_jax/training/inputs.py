@@ -44,20 +44,23 @@ def read_inputs(
     tokenizer = choose_tokenizer(config, assets, config.init_from or str(run_directory(config)), say)
     tokens = prepare_tokens(config.data, tokenizer)
     iterator = training_iterator(
-        tokens.train,
+        tokens,
+        config.data,
         sequence_length=training.sequence_length,
         batch_size=training.sequences_per_step,
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    validation_arrays = validation_batches(
-        tokens.validation,
+    by_source = validation_batches(
+        tokens,
+        config.data,
         sequence_length=training.sequence_length,
         batch_size=program.micro_batch,
         sequences=config.logging.evaluation_sequences,
     )
-    return Inputs(iterator, list(validation_arrays), source, assets_to_keep(tokenizer, assets))
+    validation_arrays = [batch for batches in by_source.values() for batch in batches]
+    return Inputs(iterator, validation_arrays, source, assets_to_keep(tokenizer, assets))
 
 
 def checked_program(config: Config, *, resume: bool) -> Program:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prosparse_jax import config_checks
-from prosparse_jax.config import Config
+from prosparse_jax.config import Config, MeshConfig
 from prosparse_jax.data.sources import source_names
 from prosparse_jax.evaluation.validation import Validate, make_validate
 from prosparse_jax.model.attention import Documents
@@ -29,6 +29,7 @@ class Program:
     """What a run computes, before any weight exists. Use it under `jax.set_mesh(program.mesh)`."""
 
     config: Config
+    """With the mesh as it is."""
     mesh: Mesh
     options: RunOptions
     graphdef: nnx.GraphDef
@@ -127,6 +128,8 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
     devices = jax.devices() if devices is None else devices
     config_checks.check(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
+    # As numbers, so that a checkpoint says how many devices its run had.
+    config = dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
     options = run_options(config, devices[0].platform)
     with jax.set_mesh(mesh):
         graphdef, abstract_parameters = abstract_model(config, options)

@@ -91,7 +91,7 @@ class _Loop:
             # Its own loader and its own profile are nobody else's to report.
             say = functools.partial(print, f"process {jax.process_index()}:", file=sys.stderr)
         profile = {"start": config.logging.profile_start, "steps": config.logging.profile_steps, "say": say}
-        source = ", ".join(config.data.paths) or "the Python standard library"
+        source = ", ".join(config.data.paths or source_names(config.data))
         with (
             StopRequest(config.survival.grace_seconds) as stop,
             explaining_out_of_memory(directory),
@@ -335,7 +335,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
             store = stack.enter_context(checkpoint.CheckpointStore(directory / CHECKPOINTS, **keep))
         stack.enter_context(jax.set_mesh(program.mesh))
-        saved = step_to_resume(config, store, resume=resume, say=say)
+        saved = step_to_resume(program.config, store, resume=resume, say=say)
         with distributed.together("read the text"):
             inputs = read_inputs(program, store, saved, say)
         with explaining_out_of_memory(directory):
