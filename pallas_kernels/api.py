@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.down import down
-from pallas_kernels.fused_ffn import fused_ffn_counted
+from pallas_kernels.fused_ffn import ROW_BLOCK, fused_ffn_counted
 from pallas_kernels.gate_up import gate_up
 from pallas_kernels.shapes import LARGEST_BATCH, union_share, weight_problems
 
@@ -80,9 +80,9 @@ def sparse_ffn_counted(
         return _mosaic_gpu(x_BD, gate_FD, up_FD, down_FD, t, interpret)
     if implementation == "xla_gather":
         gate_FB = reference.activated(reference.gate_products(x_BD, gate_FD), t, x_BD.dtype)
-        return reference.gathered_rows(x_BD, gate_FB, up_FD, down_FD), jnp.sum(gate_FB > 0, axis=0)
+        return reference.gathered_rows(x_BD, gate_FB, up_FD, down_FD), jnp.sum(gate_FB != 0, axis=0)
     gate_FB = reference.activated(reference.matrix_products(x_BD, gate_FD), t, x_BD.dtype)
-    return reference.dense_rows(x_BD, gate_FB, up_FD, down_FD), jnp.sum(gate_FB > 0, axis=0)
+    return reference.dense_rows(x_BD, gate_FB, up_FD, down_FD), jnp.sum(gate_FB != 0, axis=0)
 
 
 def choose(
@@ -91,11 +91,13 @@ def choose(
     """What `sparse_ffn` runs when none is named: the crossover in one place."""
     platform = jax.default_backend()
     union = union_share(active_share, x_BD.shape[0])
-    if union > LARGEST_SPARSE_SHARE.get(platform, LARGEST_SPARSE_SHARE["gpu"]) or x_BD.shape[0] > LARGEST_BATCH:
+    if union > LARGEST_SPARSE_SHARE.get(platform, 0) or x_BD.shape[0] > LARGEST_BATCH:
         return "xla_dense"
+    if platform == "cpu":
+        return "xla_gather"
+    # The gathering loop is many small kernels: on a GPU, what the kernels cannot take is better computed densely.
     weights = {"gate": gate_FD, "up": up_FD, "down": down_FD}
-    fits = not weight_problems(x_BD, weights, row_block=4)
-    return "mosaic_gpu" if platform == "gpu" and fits else "xla_gather"
+    return "xla_dense" if weight_problems(x_BD, weights, row_block=ROW_BLOCK) else "mosaic_gpu"
 
 
 def _mosaic_gpu(
@@ -110,5 +112,5 @@ def _mosaic_gpu(
     # The gate reads every row for every token: a plain product, which XLA gives to its tuned library.
     gate_FB = jnp.einsum("fd,bd->fb", gate_FD, x_BD, preferred_element_type=jnp.float32)
     x1_FB = gate_up(x_BD, gate_FB, up_FD, threshold, interpret=interpret)
-    active_FB = reference.activated(gate_FB, threshold, x_BD.dtype) > 0
+    active_FB = reference.activated(gate_FB, threshold, x_BD.dtype) != 0
     return down(x1_FB, down_FD, interpret=interpret), jnp.sum(active_FB, axis=0)

@@ -95,9 +95,10 @@ def fused_ffn_counted(
                     up = jnp.sum(up_D.astype(jnp.float32) * token())
                     return sum_D + down_D.astype(jnp.float32) * (up * gate)
 
-                active = (gate >= least) & (gate > 0)
-                sum_D = lax.cond(active, add_neuron, lambda sum_D: sum_D, sum_D)
-                count += active.astype(jnp.int32)
+                inactive = (gate < least) | (gate <= 0)
+                # Asked this way round, so that a NaN gate adds NaN, as it does densely, and does not vanish.
+                sum_D = lax.cond(inactive, lambda sum_D: sum_D, add_neuron, sum_D)
+                count += jnp.logical_not(inactive).astype(jnp.int32)
             return sum_D, count
 
         zeros_D = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)

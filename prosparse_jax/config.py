@@ -132,11 +132,27 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    name: str
+    """How records and plots call it."""
+    weight: float = 1.0
+    """Its share of the training tokens, relative to those of the other sources."""
+    paths: tuple[str, ...] = ()
+    """JSON Lines files, text files or folders of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     paths: tuple[str, ...] = ()
     """JSON Lines files, text files or folders of them. Empty: the Python standard library of this interpreter."""
+    sources: tuple[SourceConfig, ...] = ()
+    """A mixture of named sources instead of `paths`."""
+    document_masks: bool = False
+    """Each document of a packed sequence sees only itself, and its positions start at 0 (docs/method.md)."""
     text_field: str = "text"
     """Field of a JSON Lines record that holds the document."""
     tokenizer: str = ""
@@ -165,6 +181,30 @@ class CheckpointConfig:
     """Optimizer steps between saves."""
     keep: int = 2
     """The newest ones that stay on disk."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this stay for good. 0: none does."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SurvivalConfig:
+    """What the run does about trouble (docs/faults.md). Losses and skipped updates are looked at on log lines only."""
+
+    max_bad_updates: int = 50
+    """After this many updates in a row whose loss or gradient was not finite, the run is in trouble."""
+    spike_sigma: float = 8.0
+    """A logged loss this many robust standard deviations (and at least as many percent) above the median of the last
+    `spike_window` log lines is a spike. 0: none is."""
+    spike_window: int = 50
+    """Log lines that a loss is compared with; half of them must be there before anything is called a spike."""
+    on_trouble: Literal["stop", "rollback"] = "stop"
+    """stop: bad updates end the run with the numbers of their batches, spikes are only reported. rollback: either takes
+    the state back to the newest checkpoint of healthier times, and goes on with the batches after those of the trouble."""
+    max_rollbacks: int = 3
+    """After so many rollbacks in one run, further trouble stops it."""
+    loader_patience_seconds: float = 120.0
+    """A batch that takes longer than this is reported, with what the loader is waiting for."""
+    grace_seconds: float = 600.0
+    """A run that is asked to stop and has not saved and ended after this long ends at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +218,10 @@ class LoggingConfig:
     evaluation_sequences: int = 192
     """Held-out sequences of one validation pass."""
     tensorboard: bool = True
+    profile_start: int = 0
+    """Step after which a profile is recorded into <run>/profile. 0: none, until the process gets SIGUSR1."""
+    profile_steps: int = 3
+    """Optimizer steps in one profile."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,3 +243,4 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    survival: SurvivalConfig = SurvivalConfig()

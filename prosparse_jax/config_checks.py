@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prosparse_jax.activations import ACTIVATIONS
 from prosparse_jax.config import Config, ModelConfig
+from prosparse_jax.config_types import type_problems
 from prosparse_jax.errors import ConfigError
 from prosparse_jax.parallel.mesh import mesh_shape
 
@@ -119,12 +120,53 @@ def _training(config: Config) -> Iterator[str]:
             value = getattr(getattr(config, section), name)
             if value < 1:
                 yield f"{section}.{name}={value} must be at least 1"
+    yield from _survival(config)
     if not 0 < config.data.validation_share < 1:
         yield f"data.validation_share={config.data.validation_share} must be between 0 and 1"
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must be in [0, 2**32): it also orders the data, with a 32-bit generator"
     if config.name in ("", ".", "..") or "/" in config.name:
         yield f"name={config.name!r} must be a non-empty name without slashes; it names the run's directory"
+
+
+def _survival(config: Config) -> Iterator[str]:
+    least = {
+        "checkpoint.keep_every": 0,
+        "logging.profile_start": 0,
+        "logging.profile_steps": 1,
+        "survival.max_bad_updates": 1,
+        "survival.spike_sigma": 0,
+        "survival.spike_window": 4,
+        "survival.max_rollbacks": 0,
+    }
+    for name, lowest in least.items():
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if not value >= lowest:
+            yield f"{name}={value} must be at least {lowest}"
+    for field in ("loader_patience_seconds", "grace_seconds"):
+        if not getattr(config.survival, field) > 0:
+            yield f"survival.{field}={getattr(config.survival, field)} must be positive"
+
+
+def processes_problems(config: Config, device_count: int, process_count: int) -> list[str]:
+    """What is wrong with training `config` in several processes: each must hold an equal part of mesh and batch."""
+    if process_count == 1:
+        return []
+    found = []
+    data, fsdp = mesh_shape(config.mesh, device_count)
+    if data * fsdp != device_count:
+        found.append(
+            f"mesh.data={data} x mesh.fsdp={fsdp} uses {data * fsdp} of the {device_count} devices of {process_count} "
+            "processes; with several processes the mesh must hold all devices (mesh.fsdp=-1), or start fewer processes"
+        )
+    micro_batch = config.training.sequences_per_step // max(config.training.microbatches, 1)
+    if micro_batch % process_count:
+        found.append(
+            f"a micro-batch of {micro_batch} sequences does not split over {process_count} processes; make "
+            f"training.sequences_per_step / training.microbatches a multiple of {process_count}"
+        )
+    return found
 
 
 def _mesh(config: Config, device_count: int) -> Iterator[str]:
@@ -167,6 +209,9 @@ def problems(config: Config, device_count: int | None = None) -> list[str]:
 
     With `device_count`, also whether the mesh can be made of that many devices and divides what it must.
     """
+    if mistyped := [*type_problems(config)]:
+        # The other rules would trip over them.
+        return mistyped
     found = [
         *model_problems(config.model),
         *_sparsity(config),

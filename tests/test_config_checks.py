@@ -174,5 +174,37 @@ def test_files_that_are_not_there_are_listed_together(tmp_path):
     assert all("--init-from" in line or "--data." in line for line in found)
 
 
+# Values that only a recipe file can hold: on a command line they are refused while it is read.
+MISTYPED: list[tuple[dict[str, Any], str]] = [
+    ({"sparsity": {"reduction": "sum"}}, "sparsity.reduction='sum' must be one of paper, mean, token_sum"),
+    ({"optimizer": {"schedule": "linear"}}, "optimizer.schedule='linear' must be one of cosine, wsd"),
+    (rope(kind="yarn", factor=2.0), "model.rope_scaling.kind='yarn' must be one of none, linear, llama3"),
+    ({"training": {"remat": "foo"}}, "training.remat='foo' must be one of none, full, attention"),
+    ({"training": {"attention": "flash"}}, "training.attention='flash' must be one of auto, xla, cudnn"),
+    ({"training": {"compute_dtype": "bf16"}}, "training.compute_dtype='bf16' must be one of auto, bfloat16, float32"),
+    ({"training": {"steps": "60"}}, "training.steps='60' must be a whole number"),
+    ({"training": {"steps": True}}, "training.steps=True must be a whole number"),
+    ({"training": {"steps": 1.5}}, "training.steps=1.5 must be a whole number"),
+    ({"optimizer": {"peak_lr": "0.1"}}, "optimizer.peak_lr='0.1' must be a number"),
+    ({"model": {"activation": "relu"}}, "model.activation='relu' must be a ActivationConfig"),
+    ({"model": {"tie_embeddings": 1}}, "model.tie_embeddings=1 must be True or False"),
+    ({"data": {"paths": "text/"}}, "data.paths='text/' must be a tuple, each a text in quotes"),
+    (act("fatrelu", [0.1, 0.2]), "model.activation.parameter=[0.1, 0.2] must be a number or a tuple, each a number"),
+    ({"sparsity": {"stages": (Stage(peak="0.1", end_step=3),)}}, "sparsity.stages.0.peak='0.1' must be a number"),
+    ({"sparsity": {"stages": ((0.1, 3),)}}, "sparsity.stages.0=(0.1, 3) must be a Stage"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTYPED, ids=[message for _, message in MISTYPED])
+def test_a_recipe_with_a_value_of_another_type_or_no_choice_is_refused(changes, message):
+    (problem,) = config_checks.problems(small_config(**changes))
+    assert problem.startswith(message)
+
+
+def test_all_mistyped_values_are_listed_and_whole_numbers_may_stand_for_others():
+    changes = {"training": {"steps": "60", "remat": "foo"}, "optimizer": {"peak_lr": 1}}
+    assert len(config_checks.problems(small_config(**changes))) == 2
+
+
 def test_defaults_have_no_problem():
     assert config_checks.problems(Config(name="defaults"), 8) == []

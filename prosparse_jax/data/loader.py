@@ -9,7 +9,8 @@ import numpy as np
 from prosparse_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]
-"""inputs (B, T) int32; targets (B, T) int32, the inputs shifted by one; mask (B, T) bool, False on padding."""
+"""inputs (B, T) int32; targets (B, T) int32, the inputs shifted by one; mask (B, T) bool, False on padding; loss_mask
+(B, T) bool, False on targets that do not count; source (B,) int32, the source of each sequence."""
 
 # Tokens that go into the check that a checkpoint continues on the same data.
 _SAMPLED_TOKENS = 2**16
@@ -34,12 +35,14 @@ class PackedSequences:
         return max(len(self._tokens) - 1, 0) // self._length
 
     def __getitem__(self, index: int) -> Batch:
-        """inputs (T,) int32, targets (T,) int32, mask (T,) bool, all True."""
+        """inputs (T,) int32, targets (T,) int32, mask and loss_mask (T,) bool, all True, source () int32, 0."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         begin = int(index) * self._length
         window = np.asarray(self._tokens[begin : begin + self._length + 1]).astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:], "mask": np.ones(self._length, bool)}
+        real = np.ones(self._length, bool)
+        source = np.zeros((), np.int32)
+        return {"inputs": window[:-1], "targets": window[1:], "mask": real, "loss_mask": real, "source": source}
 
 
 class TrainingDataset(grain.IterDataset):
@@ -53,12 +56,23 @@ class TrainingDataset(grain.IterDataset):
       sequence_length: T.
       batch_size: B. A batch may hold the end of one epoch and the beginning of the next.
       seed: any integer from 0 to 2**32 - 1.
+      process_index, process_count: of several processes each gets an equal part of every batch, in order. The state does
+        not depend on their number.
 
     Raises:
       DataError: fewer sequences than one batch.
     """
 
-    def __init__(self, tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         sequences = PackedSequences(tokens, sequence_length)
         _require_one_batch("train", sequences, tokens, sequence_length, batch_size)
         ordered = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
@@ -73,17 +87,20 @@ class TrainingDataset(grain.IterDataset):
             "seed": seed,
         }
 
+        part = batch_size // process_count
+        self._rows = slice(process_index * part, (process_index + 1) * part)
+
     def __iter__(self) -> "_TrainingIterator":
-        return _TrainingIterator(iter(self._parent), self._counted_in)
+        return _TrainingIterator(iter(self._parent), self._counted_in, self._rows)
 
 
 class _TrainingIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, counted_in: dict[str, int]):
+    def __init__(self, parent: grain.DatasetIterator, counted_in: dict[str, int], rows: slice):
         super().__init__(parent)
-        self._counted_in = counted_in
+        self._counted_in, self._rows = counted_in, rows
 
     def __next__(self) -> Batch:
-        return next(self._parent)
+        return {name: values[self._rows] for name, values in next(self._parent).items()}
 
     def get_state(self) -> dict[str, Any]:
         return {"position": self._parent.get_state(), "counted_in": dict(self._counted_in)}
@@ -104,7 +121,13 @@ class _TrainingIterator(grain.DatasetIterator):
 
 
 def training_iterator(
-    tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int
+    tokens: np.ndarray,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
     """Iterator of `TrainingDataset`: endless batches, with a state that Orbax saves and restores.
 
@@ -112,7 +135,16 @@ def training_iterator(
       DataError: fewer sequences than one batch. From `set_state`: the state is of other tokens, another sequence
         length, batch size or seed; Orbax wraps it, as the `__cause__` of an error of its own.
     """
-    return iter(TrainingDataset(tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed))
+    return iter(
+        TrainingDataset(
+            tokens,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
+    )
 
 
 def validation_batches(tokens: np.ndarray, *, sequence_length: int, batch_size: int, sequences: int) -> list[Batch]:

@@ -13,7 +13,15 @@ from prosparse_jax.data.documents import Document, is_validation, stable_fractio
 from prosparse_jax.data.embedded import standard_library_documents
 from prosparse_jax.errors import DataError
 
-__all__ = ["CorpusInfo", "Document", "corpus_info", "is_validation", "read_documents", "stable_fraction"]
+__all__ = [
+    "CorpusInfo",
+    "Document",
+    "corpus_info",
+    "is_validation",
+    "read_documents",
+    "source_names",
+    "stable_fraction",
+]
 
 JSON_LINES_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 PROSE_SUFFIXES = frozenset({".csv", ".html", ".md", ".rst", ".tex", ".text", ".tsv", ".txt", ".xml"})
@@ -48,6 +56,11 @@ PIECE_CHARACTERS = 256 * 1024
 HASHED_BYTES = 256 * 2**20
 
 _log = logging.getLogger(__name__)
+
+
+def source_names(data: DataConfig) -> tuple[str, ...]:
+    """Names of the sources in the order of a batch's `source`; one, "all", without a mixture."""
+    return tuple(source.name for source in data.sources) or ("all",)
 
 
 class CorpusInfo(NamedTuple):

@@ -26,6 +26,9 @@ from prosparse_jax.sparsity.threshold import SweepRow, choose_threshold, perplex
 from prosparse_jax.training.run_directory import CHECKPOINTS
 from prosparse_jax.training.setup import build_program
 
+TOKENS_PER_DEVICE = 16384
+"""At most, of one batch of the sweep: the logits of 32,000 tokens of vocabulary are 2 GB then."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ThresholdShift:
@@ -105,10 +108,13 @@ def sweep_thresholds(
     config = _fatrelu_config(source.config, source.location, paths)
     program = build_program(config)
     tokens = prepare_tokens(config.data, tokenizer_from_files(source.assets, str(source.location)))
+    length = config.training.sequence_length
+    # A checkpoint may come from more devices, and then a whole micro-batch would not fit here.
+    per_device = min(max(1, TOKENS_PER_DEVICE // length), program.micro_batch // program.mesh.size)
     arrays = validation_batches(
         tokens.validation,
-        sequence_length=config.training.sequence_length,
-        batch_size=program.micro_batch,
+        sequence_length=length,
+        batch_size=per_device * program.mesh.size,
         sequences=sequences,
     )
     ordered = sorted({0.0, *thresholds})

@@ -38,10 +38,10 @@ def atomic_directory(path: Path, *, needed_bytes: int) -> Iterator[Path]:
     What a killed process left there is deleted first. Raises FileExistsError if `path` is there already, and
     CheckpointError if another process is writing it or there is less room than `needed_bytes`.
     """
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} is there already; delete it or choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _sole_writer(path):
+        if path.exists() or path.is_symlink():
+            raise FileExistsError(f"{path} is there already; delete it or choose another directory")
         yield from _written(path, needed_bytes)
 
 
@@ -49,10 +49,10 @@ def atomic_directory(path: Path, *, needed_bytes: int) -> Iterator[Path]:
 def _sole_writer(path: Path) -> Iterator[None]:
     lock = path.parent / f".{path.name}.lock"
     with lock.open("w") as file:
+        # Some network file systems have no such locks: there two writers are the user's business.
+        with contextlib.suppress(OSError):
+            _lock_or_refuse(file.fileno(), path)
         try:
-            # Some network file systems have no such locks: there two writers are the user's business.
-            with contextlib.suppress(OSError):
-                _lock_or_refuse(file.fileno(), path)
             yield
         finally:
             lock.unlink(missing_ok=True)

@@ -43,7 +43,9 @@ def test_sequences_are_slices_with_targets_one_further(length):
     np.testing.assert_array_equal([i["inputs"] for i in items], tokens[: whole * length].reshape(whole, length))
     np.testing.assert_array_equal([i["targets"] for i in items], tokens[1 : whole * length + 1].reshape(whole, length))
     assert all(item["mask"].all() for item in items)
-    assert {key: value.dtype for key, value in items[0].items()} == {"inputs": "i4", "targets": "i4", "mask": "?"}
+    assert all(item["loss_mask"].all() and item["source"] == 0 for item in items)
+    kinds = {"inputs": "i4", "targets": "i4", "mask": "?", "loss_mask": "?", "source": "i4"}
+    assert {key: value.dtype for key, value in items[0].items()} == kinds
     with pytest.raises(IndexError):
         sequences[whole]
 
@@ -62,9 +64,10 @@ def test_batches_hold_plain_arrays_of_one_shape(tmp_path):
     TOKENS.tofile(tmp_path / "train.bin")
     mapped = np.memmap(tmp_path / "train.bin", np.uint16, mode="r")
     batch = next(iterator(mapped))
-    assert {key: (type(value), value.shape) for key, value in batch.items()} == dict.fromkeys(
-        ("inputs", "mask", "targets"), (np.ndarray, (B, T))
-    )
+    shapes = dict.fromkeys(("inputs", "targets", "mask", "loss_mask"), (np.ndarray, (B, T))) | {
+        "source": (np.ndarray, (B,))
+    }
+    assert {key: (type(value), value.shape) for key, value in batch.items()} == shapes
     np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
 
 
@@ -143,12 +146,15 @@ def test_validation_sequences_are_spread_evenly_and_the_same_every_time():
 @pytest.mark.parametrize(("wanted", "real"), [(6, 6), (1, 1), (25, 25), (1000, 25)])
 def test_the_last_validation_batch_is_padded_and_padding_does_not_count(wanted, real):
     batches = validation_batches(TOKENS, sequence_length=T, batch_size=B, sequences=wanted)
-    assert {value.shape for batch in batches for value in batch.values()} == {(B, T)}
+    names = ("inputs", "targets", "mask", "loss_mask")
+    assert {batch[name].shape for batch in batches for name in names} == {(B, T)}
+    assert {batch["source"].shape for batch in batches} == {(B,)}
     mask = np.concatenate([batch["mask"] for batch in batches])
     inputs = np.concatenate([batch["inputs"] for batch in batches])
     assert mask.sum() == real * T
     assert len(batches) == -(-real // B)
     assert not mask[real:].any()
+    np.testing.assert_array_equal(mask, np.concatenate([batch["loss_mask"] for batch in batches]))
     assert not inputs[real:].any()
     assert len({int(row[0]) for row in inputs[:real]}) == real
 
