@@ -12,7 +12,9 @@ With --shape, weights are random and made so that each FFN activates the share o
 first columns of the residual stream hold which of some patterns a token has, attention and FFN add nothing to them, and
 they decide the signs of the gates. --pattern takes the patterns from a file of intermediate activations, (tokens, F).
 
-Speeds stand beside their limit: the bytes of the weights that a token must read, at the bandwidth of the same run.
+Speeds stand beside their limit: the bytes of the weights that a token must read, at the bandwidth of the same run. Every
+round says what share of the cores other processes used meanwhile; ratios are over the rounds in which that was at most
+5 %, or over all where there is no such round ("quiet": false).
 """
 
 import argparse
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ from prosparse_jax.errors import ConfigError, run_script  # noqa: E402
 from prosparse_jax.interop.weights import count_parameters, parameter_shapes, piece_shape  # noqa: E402
 
 THREADS = 2
+QUIET_SHARE = 0.05
 PROMPT = "Once upon a time, there was a little girl who lived in a village near the forest. One day she"
 PATTERNS = 32
 """Columns of the residual stream that say which neurons a token activates."""
@@ -136,6 +140,49 @@ def weight_bytes(model: ModelConfig, itemsize: int, active_share: float) -> floa
     return itemsize * (count_parameters(model) - unread - 2 * (1 - active_share) * matrix)
 
 
+def cpu_seconds(pids: list[int]) -> tuple[float, float]:
+    """CPU time of the whole machine, and of these processes, since they started; 0 where there is no /proc."""
+    if not Path("/proc/stat").exists():
+        return 0.0, 0.0
+    ticks = os.sysconf("SC_CLK_TCK")
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    # user, nice, system, irq, softirq
+    machine = sum(int(fields[index]) for index in (0, 1, 2, 5, 6)) / ticks
+    own = 0.0
+    for pid in pids:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        own += (int(after_name[11]) + int(after_name[12])) / ticks
+    return machine, own
+
+
+class Rounds:
+    """Speeds of two sides in turns, and how disturbed each round was."""
+
+    def __init__(self, *pids: int):
+        self._pids = [os.getpid(), *pids]
+        self.rounds: list[dict[str, float]] = []
+
+    def add(self, **sides: Callable[[], float]) -> None:
+        before, start = cpu_seconds(self._pids), time.perf_counter()
+        found = {name: run() for name, run in sides.items()}
+        after, seconds = cpu_seconds(self._pids), time.perf_counter() - start
+        others = (after[0] - before[0]) - (after[1] - before[1])
+        self.rounds.append(found | {"others_share": max(0.0, others / (seconds * (os.cpu_count() or 1)))})
+
+    def summary(self, above: str, below: str) -> dict[str, Any]:
+        """All rounds, medians of both sides and of their ratio. The first round, which compiles, does not count."""
+        counting = self.rounds[1:]
+        quiet = [each for each in counting if each["others_share"] <= QUIET_SHARE]
+        used = quiet or counting
+        return {
+            "rounds": counting,
+            "quiet": bool(quiet),
+            f"{above}_tokens_per_s": statistics.median(each[above] for each in used),
+            f"{below}_tokens_per_s": statistics.median(each[below] for each in used),
+            "ratio": statistics.median(each[above] / each[below] for each in used),
+        }
+
+
 def our_speed(engine: Any, prompts: list[list[int]], tokens: int) -> tuple[float, Any]:
     from prosparse_jax.inference.sampling import Sampling
 
@@ -181,31 +228,35 @@ def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, 
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert peer.stdin is not None
     assert peer.stdout is not None
-    ours, theirs = [], []
-    for number in range(rounds + 1):
-        speed, (_, found) = our_speed(engine, prompts, tokens)
-        print("\n", end="", file=peer.stdin, flush=True)
-        answer = json.loads(peer.stdout.readline())
+    rounds_of_both, found, answer = Rounds(peer.pid), [], {}
+
+    def ours() -> float:
+        speed, (_, found[:]) = our_speed(engine, prompts, tokens)
+        return speed
+
+    def theirs() -> float:
+        print(file=peer.stdin, flush=True)
+        answer.update(json.loads(peer.stdout.readline()))
         # torch's threads keep the cores busy for a while after their last work.
         time.sleep(0.3)
-        if number:
-            ours.append(speed)
-            theirs.append(answer["speed"])
+        return answer["speed"]
+
+    # The peer loads its model while it waits for its first line.
+    for _ in range(rounds + 1):
+        rounds_of_both.add(ours=ours, transformers=theirs)
     peer.stdin.close()
     peer.wait()
     bandwidth = read_bandwidth()
     limit = bandwidth / weight_bytes(source.model, 4, 1.0)
-    return {
+    result = rounds_of_both.summary("ours", "transformers")
+    return result | {
         "prompt_tokens": len(prompts[0]),
         "new_tokens": tokens,
         "first_generation_seconds": compile_seconds,
-        "ours_tokens_per_s": ours,
-        "transformers_tokens_per_s": theirs,
-        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
         "same_tokens": found == answer["tokens"] == first,
         "read_gb_per_s": bandwidth / 1e9,
         "limit_tokens_per_s": limit,
-        "share_of_limit": statistics.median(ours) / limit,
+        "share_of_limit": result["ours_tokens_per_s"] / limit,
     }
 
 
@@ -218,13 +269,14 @@ def sparse_beside_dense(source: Any, prompts: list[list[int]], tokens: int, roun
     engines = {"dense": Engine(source, ffn="dense")}
     engines["sparse"] = copy.copy(engines["dense"])
     engines["sparse"].ffn = "sparse"
-    speeds: dict[str, list[float]] = {"dense": [], "sparse": []}
-    generations, texts = {}, {}
-    for number in range(rounds + 1):
-        for name, engine in engines.items():
-            speed, (generations[name], texts[name]) = our_speed(engine, prompts, tokens)
-            if number:
-                speeds[name].append(speed)
+    both, generations, texts = Rounds(), {}, {}
+
+    def turn(name: str) -> float:
+        speed, (generations[name], texts[name]) = our_speed(engines[name], prompts, tokens)
+        return speed
+
+    for _ in range(rounds + 1):
+        both.add(sparse=lambda: turn("sparse"), dense=lambda: turn("dense"))
     bandwidth, sparsity = read_bandwidth(), generations["sparse"].live_sparsity
     itemsize = engines["dense"].decoder.dtype.itemsize
     moved = {
@@ -232,20 +284,17 @@ def sparse_beside_dense(source: Any, prompts: list[list[int]], tokens: int, roun
         # For one token; several activate more neurons together.
         "sparse": weight_bytes(source.model, itemsize, 1 - sparsity),
     }
-    return {
+    return both.summary("sparse", "dense") | {
         "activation": source.model.activation.name,
         "batch": len(prompts),
         "new_tokens": tokens,
         "compute_dtype": engines["dense"].decoder.dtype.name,
         "implementation": generations["sparse"].ffn_kind,
         "live_sparsity": sparsity,
-        "dense_tokens_per_s": speeds["dense"],
-        "sparse_tokens_per_s": speeds["sparse"],
-        "speedup": statistics.median(s / d for s, d in zip(speeds["sparse"], speeds["dense"], strict=True)),
         "same_tokens": texts["dense"] == texts["sparse"],
         "read_gb_per_s": bandwidth / 1e9,
         "bytes_per_token": moved,
-        "speedup_limit_batch_1": moved["dense"] / moved["sparse"],
+        "ratio_limit_batch_1": moved["dense"] / moved["sparse"],
     }
 
 
