@@ -14,7 +14,8 @@ they decide the signs of the gates. --pattern takes the patterns from a file of 
 
 Speeds stand beside their limit: the bytes of the weights that a token must read, at the bandwidth of the same run. Every
 round says what share of the cores other processes used meanwhile; ratios are over the rounds in which that was at most
-5 %, or over all where there is no such round ("quiet": false).
+5 %, or over all where there is no such round ("quiet": false); such speeds say little. CPU seconds of a step suffer less
+from neighbours, as torch's threads are told to sleep while they wait (OMP_WAIT_POLICY=PASSIVE): "cpu_ratio".
 """
 
 import argparse
@@ -160,9 +161,9 @@ class Rounds:
 
     def __init__(self, *pids: int):
         self._pids = [os.getpid(), *pids]
-        self.rounds: list[dict[str, float]] = []
+        self.rounds: list[dict[str, Any]] = []
 
-    def add(self, **sides: Callable[[], float]) -> None:
+    def add(self, **sides: Callable[[], dict[str, float]]) -> None:
         before, start = cpu_seconds(self._pids), time.perf_counter()
         found = {name: run() for name, run in sides.items()}
         after, seconds = cpu_seconds(self._pids), time.perf_counter() - start
@@ -174,21 +175,30 @@ class Rounds:
         counting = self.rounds[1:]
         quiet = [each for each in counting if each["others_share"] <= QUIET_SHARE]
         used = quiet or counting
+        median = lambda side, figure: statistics.median(each[side][figure] for each in used)  # noqa: E731
         return {
             "rounds": counting,
             "quiet": bool(quiet),
-            f"{above}_tokens_per_s": statistics.median(each[above] for each in used),
-            f"{below}_tokens_per_s": statistics.median(each[below] for each in used),
-            "ratio": statistics.median(each[above] / each[below] for each in used),
+            f"{above}_tokens_per_s": median(above, "tokens_per_s"),
+            f"{below}_tokens_per_s": median(below, "tokens_per_s"),
+            "ratio": statistics.median(each[above]["tokens_per_s"] / each[below]["tokens_per_s"] for each in used),
+            "cpu_ratio": statistics.median(each[below]["cpu_s"] / each[above]["cpu_s"] for each in used),
         }
 
 
-def our_speed(engine: Any, prompts: list[list[int]], tokens: int) -> tuple[float, Any]:
+def our_speed(engine: Any, prompts: list[list[int]], tokens: int) -> tuple[dict[str, float], Any]:
+    """Tokens per second and CPU seconds of each step after the first two; the generation, and the first sequence."""
     from prosparse_jax.inference.sampling import Sampling
 
     generation = engine.generate(prompts, max_new_tokens=tokens, sampling=Sampling())
-    made = list(generation)
-    return generation.timed_tokens / generation.timed_seconds, (generation, [step[0] for step in made])
+    made, began = [], 0.0
+    for number, step in enumerate(generation):
+        if number == 1:
+            began = time.process_time()
+        made.append(step[0])
+    cpu = (time.process_time() - began) / (tokens - 2)
+    speed = generation.timed_tokens / generation.timed_seconds
+    return {"tokens_per_s": speed, "cpu_s": cpu}, (generation, made)
 
 
 def serve(directory: str, tokens: int) -> None:
@@ -206,10 +216,14 @@ def serve(directory: str, tokens: int) -> None:
             found = [int(made.logits[0, -1].argmax())]
             for number in range(1, tokens):
                 if number == 2:
-                    start = time.perf_counter()
+                    start, began = time.perf_counter(), time.process_time()
                 made = model(torch.tensor([found[-1:]]), past_key_values=made.past_key_values, use_cache=True)
                 found.append(int(made.logits[0, -1].argmax()))
-        print(json.dumps({"speed": (tokens - 2) / (time.perf_counter() - start), "tokens": found}), flush=True)
+        figures = {
+            "tokens_per_s": (tokens - 2) / (time.perf_counter() - start),
+            "cpu_s": (time.process_time() - began) / (tokens - 2),
+        }
+        print(json.dumps({"figures": figures, "tokens": found}), flush=True)
 
 
 def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, Any]:
@@ -225,21 +239,20 @@ def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, 
     first = our_speed(engine, prompts, tokens)[1][1]
     compile_seconds = time.perf_counter() - start
     command = [sys.executable, __file__, "--serve", str(directory), "--tokens", str(tokens)]
-    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert peer.stdin is not None
     assert peer.stdout is not None
     rounds_of_both, found, answer = Rounds(peer.pid), [], {}
 
-    def ours() -> float:
+    def ours() -> dict[str, float]:
         speed, (_, found[:]) = our_speed(engine, prompts, tokens)
         return speed
 
-    def theirs() -> float:
+    def theirs() -> dict[str, float]:
         print(file=peer.stdin, flush=True)
         answer.update(json.loads(peer.stdout.readline()))
-        # torch's threads keep the cores busy for a while after their last work.
-        time.sleep(0.3)
-        return answer["speed"]
+        return answer["figures"]
 
     # The peer loads its model while it waits for its first line.
     for _ in range(rounds + 1):
@@ -250,6 +263,7 @@ def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, 
     limit = bandwidth / weight_bytes(source.model, 4, 1.0)
     result = rounds_of_both.summary("ours", "transformers")
     return result | {
+        "peer_environment": {"OMP_WAIT_POLICY": "PASSIVE"},
         "prompt_tokens": len(prompts[0]),
         "new_tokens": tokens,
         "first_generation_seconds": compile_seconds,
@@ -271,7 +285,7 @@ def sparse_beside_dense(source: Any, prompts: list[list[int]], tokens: int, roun
     engines["sparse"].ffn = "sparse"
     both, generations, texts = Rounds(), {}, {}
 
-    def turn(name: str) -> float:
+    def turn(name: str) -> dict[str, float]:
         speed, (generations[name], texts[name]) = our_speed(engines[name], prompts, tokens)
         return speed
 
