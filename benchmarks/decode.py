@@ -12,7 +12,10 @@ With --shape, weights are random and made so that each FFN activates the share o
 first columns of the residual stream hold which of some patterns a token has, attention and FFN add nothing to them, and
 they decide the signs of the gates. --pattern takes the patterns from a file of intermediate activations, (tokens, F).
 
-Speeds stand beside their limit: the bytes of the weights that a token must read, at the bandwidth of the same run.
+Speeds stand beside their limit: the bytes of the weights that a token must read, at the bandwidth of the same run. Every
+round says what share of the cores other processes used meanwhile; ratios are over the rounds in which that was at most
+5 %, or over all where there is no such round ("quiet": false); such speeds say little. CPU seconds of a step suffer less
+from neighbours, as torch's threads are told to sleep while they wait (OMP_WAIT_POLICY=PASSIVE): "cpu_ratio".
 """
 
 import argparse
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ from prosparse_jax.errors import ConfigError, run_script  # noqa: E402
 from prosparse_jax.interop.weights import count_parameters, parameter_shapes, piece_shape  # noqa: E402
 
 THREADS = 2
+QUIET_SHARE = 0.05
 PROMPT = "Once upon a time, there was a little girl who lived in a village near the forest. One day she"
 PATTERNS = 32
 """Columns of the residual stream that say which neurons a token activates."""
@@ -136,12 +141,64 @@ def weight_bytes(model: ModelConfig, itemsize: int, active_share: float) -> floa
     return itemsize * (count_parameters(model) - unread - 2 * (1 - active_share) * matrix)
 
 
-def our_speed(engine: Any, prompts: list[list[int]], tokens: int) -> tuple[float, Any]:
+def cpu_seconds(pids: list[int]) -> tuple[float, float]:
+    """CPU time of the whole machine, and of these processes, since they started; 0 where there is no /proc."""
+    if not Path("/proc/stat").exists():
+        return 0.0, 0.0
+    ticks = os.sysconf("SC_CLK_TCK")
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    # user, nice, system, irq, softirq
+    machine = sum(int(fields[index]) for index in (0, 1, 2, 5, 6)) / ticks
+    own = 0.0
+    for pid in pids:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        own += (int(after_name[11]) + int(after_name[12])) / ticks
+    return machine, own
+
+
+class Rounds:
+    """Speeds of two sides in turns, and how disturbed each round was."""
+
+    def __init__(self, *pids: int):
+        self._pids = [os.getpid(), *pids]
+        self.rounds: list[dict[str, Any]] = []
+
+    def add(self, **sides: Callable[[], dict[str, float]]) -> None:
+        before, start = cpu_seconds(self._pids), time.perf_counter()
+        found = {name: run() for name, run in sides.items()}
+        after, seconds = cpu_seconds(self._pids), time.perf_counter() - start
+        others = (after[0] - before[0]) - (after[1] - before[1])
+        self.rounds.append(found | {"others_share": max(0.0, others / (seconds * (os.cpu_count() or 1)))})
+
+    def summary(self, above: str, below: str) -> dict[str, Any]:
+        """All rounds, medians of both sides and of their ratio. The first round, which compiles, does not count."""
+        counting = self.rounds[1:]
+        quiet = [each for each in counting if each["others_share"] <= QUIET_SHARE]
+        used = quiet or counting
+        median = lambda side, figure: statistics.median(each[side][figure] for each in used)  # noqa: E731
+        return {
+            "rounds": counting,
+            "quiet": bool(quiet),
+            f"{above}_tokens_per_s": median(above, "tokens_per_s"),
+            f"{below}_tokens_per_s": median(below, "tokens_per_s"),
+            "ratio": statistics.median(each[above]["tokens_per_s"] / each[below]["tokens_per_s"] for each in used),
+            "cpu_ratio": statistics.median(each[below]["cpu_s"] / each[above]["cpu_s"] for each in used),
+        }
+
+
+def our_speed(engine: Any, prompts: list[list[int]], tokens: int) -> tuple[dict[str, float], Any]:
+    """Tokens per second and CPU seconds of each step after the first two; the generation, and the first sequence."""
     from prosparse_jax.inference.sampling import Sampling
 
     generation = engine.generate(prompts, max_new_tokens=tokens, sampling=Sampling())
-    made = list(generation)
-    return generation.timed_tokens / generation.timed_seconds, (generation, [step[0] for step in made])
+    made, began = [], 0.0
+    for number, step in enumerate(generation):
+        if number == 1:
+            began = time.process_time()
+        made.append(step[0])
+    cpu = (time.process_time() - began) / (tokens - 2)
+    speed = generation.timed_tokens / generation.timed_seconds
+    return {"tokens_per_s": speed, "cpu_s": cpu}, (generation, made)
 
 
 def serve(directory: str, tokens: int) -> None:
@@ -159,10 +216,14 @@ def serve(directory: str, tokens: int) -> None:
             found = [int(made.logits[0, -1].argmax())]
             for number in range(1, tokens):
                 if number == 2:
-                    start = time.perf_counter()
+                    start, began = time.perf_counter(), time.process_time()
                 made = model(torch.tensor([found[-1:]]), past_key_values=made.past_key_values, use_cache=True)
                 found.append(int(made.logits[0, -1].argmax()))
-        print(json.dumps({"speed": (tokens - 2) / (time.perf_counter() - start), "tokens": found}), flush=True)
+        figures = {
+            "tokens_per_s": (tokens - 2) / (time.perf_counter() - start),
+            "cpu_s": (time.process_time() - began) / (tokens - 2),
+        }
+        print(json.dumps({"figures": figures, "tokens": found}), flush=True)
 
 
 def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, Any]:
@@ -178,34 +239,38 @@ def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, 
     first = our_speed(engine, prompts, tokens)[1][1]
     compile_seconds = time.perf_counter() - start
     command = [sys.executable, __file__, "--serve", str(directory), "--tokens", str(tokens)]
-    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert peer.stdin is not None
     assert peer.stdout is not None
-    ours, theirs = [], []
-    for number in range(rounds + 1):
-        speed, (_, found) = our_speed(engine, prompts, tokens)
-        print("\n", end="", file=peer.stdin, flush=True)
-        answer = json.loads(peer.stdout.readline())
-        # torch's threads keep the cores busy for a while after their last work.
-        time.sleep(0.3)
-        if number:
-            ours.append(speed)
-            theirs.append(answer["speed"])
+    rounds_of_both, found, answer = Rounds(peer.pid), [], {}
+
+    def ours() -> dict[str, float]:
+        speed, (_, found[:]) = our_speed(engine, prompts, tokens)
+        return speed
+
+    def theirs() -> dict[str, float]:
+        print(file=peer.stdin, flush=True)
+        answer.update(json.loads(peer.stdout.readline()))
+        return answer["figures"]
+
+    # The peer loads its model while it waits for its first line.
+    for _ in range(rounds + 1):
+        rounds_of_both.add(ours=ours, transformers=theirs)
     peer.stdin.close()
     peer.wait()
     bandwidth = read_bandwidth()
     limit = bandwidth / weight_bytes(source.model, 4, 1.0)
-    return {
+    result = rounds_of_both.summary("ours", "transformers")
+    return result | {
+        "peer_environment": {"OMP_WAIT_POLICY": "PASSIVE"},
         "prompt_tokens": len(prompts[0]),
         "new_tokens": tokens,
         "first_generation_seconds": compile_seconds,
-        "ours_tokens_per_s": ours,
-        "transformers_tokens_per_s": theirs,
-        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
         "same_tokens": found == answer["tokens"] == first,
         "read_gb_per_s": bandwidth / 1e9,
         "limit_tokens_per_s": limit,
-        "share_of_limit": statistics.median(ours) / limit,
+        "share_of_limit": result["ours_tokens_per_s"] / limit,
     }
 
 
@@ -218,13 +283,14 @@ def sparse_beside_dense(source: Any, prompts: list[list[int]], tokens: int, roun
     engines = {"dense": Engine(source, ffn="dense")}
     engines["sparse"] = copy.copy(engines["dense"])
     engines["sparse"].ffn = "sparse"
-    speeds: dict[str, list[float]] = {"dense": [], "sparse": []}
-    generations, texts = {}, {}
-    for number in range(rounds + 1):
-        for name, engine in engines.items():
-            speed, (generations[name], texts[name]) = our_speed(engine, prompts, tokens)
-            if number:
-                speeds[name].append(speed)
+    both, generations, texts = Rounds(), {}, {}
+
+    def turn(name: str) -> dict[str, float]:
+        speed, (generations[name], texts[name]) = our_speed(engines[name], prompts, tokens)
+        return speed
+
+    for _ in range(rounds + 1):
+        both.add(sparse=lambda: turn("sparse"), dense=lambda: turn("dense"))
     bandwidth, sparsity = read_bandwidth(), generations["sparse"].live_sparsity
     itemsize = engines["dense"].decoder.dtype.itemsize
     moved = {
@@ -232,20 +298,17 @@ def sparse_beside_dense(source: Any, prompts: list[list[int]], tokens: int, roun
         # For one token; several activate more neurons together.
         "sparse": weight_bytes(source.model, itemsize, 1 - sparsity),
     }
-    return {
+    return both.summary("sparse", "dense") | {
         "activation": source.model.activation.name,
         "batch": len(prompts),
         "new_tokens": tokens,
         "compute_dtype": engines["dense"].decoder.dtype.name,
         "implementation": generations["sparse"].ffn_kind,
         "live_sparsity": sparsity,
-        "dense_tokens_per_s": speeds["dense"],
-        "sparse_tokens_per_s": speeds["sparse"],
-        "speedup": statistics.median(s / d for s, d in zip(speeds["sparse"], speeds["dense"], strict=True)),
         "same_tokens": texts["dense"] == texts["sparse"],
         "read_gb_per_s": bandwidth / 1e9,
         "bytes_per_token": moved,
-        "speedup_limit_batch_1": moved["dense"] / moved["sparse"],
+        "ratio_limit_batch_1": moved["dense"] / moved["sparse"],
     }
 
 

@@ -123,11 +123,16 @@ def engine_problems(source: WeightSource, ffn: str, devices: int) -> list[str]:
     return found
 
 
+def length_problems(max_new_tokens: int) -> list[str]:
+    """What a length cannot be, whatever the model."""
+    return [f"max_new_tokens={max_new_tokens} must be at least 1"] if max_new_tokens < 1 else []
+
+
 def request_problems(
     model: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int = LONGEST_CONTEXT
 ) -> list[str]:
     """Every prompt or number that cannot be served, or that needs more tokens than `context`; reads no weights."""
-    problems = [f"max_new_tokens={max_new_tokens} must be at least 1"] if max_new_tokens < 1 else []
+    problems = length_problems(max_new_tokens)
     if not prompts:
         problems.append("there is no prompt")
     for number, prompt in enumerate(prompts, start=1):

@@ -5,7 +5,14 @@ from pathlib import Path
 
 from prosparse_jax.data.tokenizer import TextTokenizer, tokenizer_from_files
 from prosparse_jax.errors import USER_ERRORS, ConfigError
-from prosparse_jax.inference.engine import Engine, FFNChoice, Generation, engine_problems, request_problems
+from prosparse_jax.inference.engine import (
+    Engine,
+    FFNChoice,
+    Generation,
+    engine_problems,
+    length_problems,
+    request_problems,
+)
 from prosparse_jax.inference.sampling import Sampling, sampling_problems
 from prosparse_jax.inference.text import context_length, empty_texts, encode_prompts, stop_tokens
 from prosparse_jax.interop.sources import open_source
@@ -33,8 +40,7 @@ def prepare(
         ConfigError: With everything that is wrong, of the numbers, the texts and the checkpoint.
         CheckpointError, DataError, FileNotFoundError: The checkpoint alone is what is wrong.
     """
-    problems = sampling_problems(temperature, top_p, seed)
-    problems += empty_texts(texts)
+    problems = [*sampling_problems(temperature, top_p, seed), *length_problems(max_new_tokens), *empty_texts(texts)]
     try:
         source = open_source(checkpoint)
         tokenizer = tokenizer_from_files(source.assets, str(source.location))
@@ -47,7 +53,7 @@ def prepare(
     problems += engine_problems(source, ffn, devices)
     problems += request_problems(source.model, prompts, max_new_tokens, context)
     if problems:
-        # An empty text is an empty prompt too, unless a special token begins it.
+        # Some are found twice: an empty text is an empty prompt too, unless a special token begins it.
         raise ConfigError(list(dict.fromkeys(problems)))
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     engine = Engine(source, ffn=ffn, devices=devices)

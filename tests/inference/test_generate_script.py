@@ -133,7 +133,11 @@ def test_ctrl_c_keeps_what_was_written(scripts, tmp_path):
             ["temperature=-1.0", "top_p=2.0", "seed=-1", "prompt 2 is empty", "max_new_tokens=0", "ffn=sparse",
              "devices=99"],
         ),
-        ({"with_tokenizer": False}, ("--prompt", "", "--top-p", 0), ["top_p=0.0", "prompt 1 is empty", "tokenizer.json"]),
+        (
+            {"with_tokenizer": False},
+            ("--prompt", "", "--top-p", 0, "--max-new-tokens", 0),
+            ["max_new_tokens=0", "top_p=0.0", "prompt 1 is empty", "no tokenizer.json"],
+        ),
         ({}, ("--prompt", "a", "--max-new-tokens", 2**20), ["prompt 1 has 1 tokens, with max_new_tokens=1048576"]),
         ({}, ("--prompt", "a", "--ffn", "fast"), ["invalid choice: 'fast'"]),
     ],
