@@ -99,8 +99,7 @@ def test_times_name_every_step(calls, monkeypatch, loops):
     clock = iter(range(10**6))
     monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(bench.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(bench, "CPU_ROUNDS", 3)
-    monkeypatch.setattr(bench, "GPU_ROUNDS", 3)
+    monkeypatch.setattr(bench, "ROUNDS", 3)
     monkeypatch.setattr(bench, "GPU_LOOPS", 2)
     monkeypatch.setattr(bench, "last_level_cache", lambda: 8_000)
     if loops:

@@ -24,8 +24,7 @@ def gpu_ffn(monkeypatch):
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "prepare_runtime", lambda: None)
     monkeypatch.setattr(module, "SPARSITIES", (0.0, 0.89))
-    monkeypatch.setattr(bench, "CPU_ROUNDS", 1)
-    monkeypatch.setattr(bench, "GPU_ROUNDS", 1)
+    monkeypatch.setattr(bench, "ROUNDS", 1)
     monkeypatch.setattr(bench, "CALLS", 2)
     monkeypatch.setattr(bench, "last_level_cache", lambda: 1_000_000)
     return module

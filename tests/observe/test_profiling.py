@@ -25,8 +25,7 @@ KEYS = {"device", "model", "batch", "sparsity", "implementation", "dense_us", "s
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch):
-    monkeypatch.setattr(bench, "CPU_ROUNDS", 2)
-    monkeypatch.setattr(bench, "GPU_ROUNDS", 2)
+    monkeypatch.setattr(bench, "ROUNDS", 2)
     monkeypatch.setattr(bench, "CALLS", 2)
     monkeypatch.setattr(bench, "SPINNING_SECONDS", 0.0)
     monkeypatch.setattr(bench, "last_level_cache", lambda: 1_000_000)
