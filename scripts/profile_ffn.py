@@ -6,8 +6,8 @@
 Step 1 is the gate products, always dense; step 2 the up rows and step 3 the down rows of active neurons. Weights are
 random: a time depends only on which neurons are active. Every figure stands beside its limit, the bytes that must be
 read at the copy bandwidth measured in the same run, and beside the paper's. Copying also writes, which costs a CPU more
-than reading, so that a CPU can pass that limit. GPU times come from a compiled loop of calls, CPU times from single
-calls; the dense figure is the fastest of several forms, PyTorch's among them where it is installed.
+than reading, so that a CPU can pass that limit. GPU times are medians of a compiled loop of calls, CPU times the fastest
+of 41 single calls; dense, the fastest of several forms counts, PyTorch's among them where it is installed.
 
 The trace opens in XProf (pip install xprof) or, its .trace.json.gz file, at https://ui.perfetto.dev.
 """

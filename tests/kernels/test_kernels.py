@@ -269,6 +269,25 @@ def test_the_choice_follows_batch_share_and_platform():
     assert_close(y, case.y_BD, ROUNDED["bfloat16"])
 
 
+@pytest.mark.parametrize(
+    ("platform", "dtype", "width", "batch", "share", "chosen"),
+    [
+        ("gpu", "bfloat16", 128, 1, 0.11, "mosaic_gpu"),
+        ("gpu", "float16", 128, 8, 0.11, "mosaic_gpu"),
+        ("gpu", "bfloat16", 128, 1, 0.8, "xla_dense"),
+        ("gpu", "bfloat16", 128, 9, 0.01, "xla_dense"),
+        ("gpu", "float32", 128, 1, 0.11, "xla_dense"),
+        ("gpu", "bfloat16", 96, 1, 0.11, "xla_dense"),
+        ("cpu", "float32", 96, 1, 0.11, "xla_gather"),
+        ("tpu", "bfloat16", 128, 1, 0.11, "xla_dense"),
+    ],
+)
+def test_the_choice_on_other_platforms(monkeypatch, platform, dtype, width, batch, share, chosen):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    weights = [jnp.zeros((8, width), dtype)] * 3
+    assert api.choose(jnp.zeros((batch, width), dtype), *weights, active_share=share) == chosen
+
+
 def test_bytes_are_those_of_the_7b_shape():
     """90.2 MB a matrix; at 11 % active 2.46 times fewer bytes than dense."""
     dense, sparse = (ffn_bytes(4096, 11008, 2, share) for share in (1.0, 0.11))
