@@ -51,12 +51,9 @@ SIZES: dict[str, dict[str, int]] = {
 PEER_ACTIVATIONS = {"swish": "silu", "relu": "relu"}
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM, NORM_EPS = 1e-3, (0.9, 0.95), 0.05, 1.0, 1e-5
 
-KEPT_ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "4000000000",
-    "MALLOC_TOP_PAD_": "67108864",
-}
+KEPT_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "67108864"} | dict.fromkeys(
+    ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4000000000"
+)
 """One heap for all threads, large blocks in it too, and never given back."""
 WORKERS: dict[str, tuple[str, dict[str, str]]] = {
     "ours": ("ours", {}),

@@ -17,7 +17,6 @@ import logging
 import math
 import shutil
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +30,7 @@ from prosparse_jax import checkpoint_integrity
 from prosparse_jax.checkpoint_position import restore_position
 from prosparse_jax.checkpoint_trees import abstract, describe, named_leaves, nest, stored_leaves
 from prosparse_jax.errors import CheckpointError, SaveError
+from prosparse_jax.observe.files import delete_directory
 from prosparse_jax.parallel import distributed
 
 PyTree = Any
@@ -42,7 +42,6 @@ _METADATA_BYTES = 1 << 20
 TABLE_CHUNK_BYTES = 64 * 2**20
 """Of an embedding table or head."""
 _SLOWEST_SAVE_SECONDS = 6 * 3600
-_DELETION_ATTEMPTS = 20
 _DAMAGED = ".damaged"
 """Appended to the name of a checkpoint that was found damaged: it no longer counts, and stays to be looked at."""
 _ROOM_FIX = "Free space there, lower checkpoint.keep, or choose another run_directory."
@@ -179,7 +178,7 @@ class CheckpointStore:
             if not (found := self._damage(checkpoint, say)):
                 return step
             aside = checkpoint.with_name(f"{step}{_DAMAGED}")
-            _delete(aside)
+            delete_directory(aside)
             checkpoint.rename(aside)
             more = f", and {len(found) - 1} more" if len(found) > 1 else ""
             say(f"warning: the checkpoint of step {step} is damaged: {found[0]}{more}; it is now {aside}")
@@ -322,7 +321,7 @@ class CheckpointStore:
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
             for path in self.directory.glob(f"*{_UNFINISHED}*"):
-                _delete(path)
+                delete_directory(path)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -393,7 +392,7 @@ def write_inference_checkpoint(
         try:
             ocp.save_checkpointables(str(directory), {**arrays, "config": config, "assets": _Files(assets)})
         except BaseException:
-            _delete(Path(f"{directory}{_UNFINISHED}"))
+            delete_directory(Path(f"{directory}{_UNFINISHED}"))
             raise
 
 
@@ -401,15 +400,6 @@ def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return [int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()]
-
-
-def _delete(directory: Path) -> None:
-    """Deletes a directory that threads of a failed save may still be writing to."""
-    for _ in range(_DELETION_ATTEMPTS):
-        shutil.rmtree(directory, ignore_errors=True)
-        time.sleep(0.1)  # For a write that was under way: it makes its directory anew.
-        if not directory.exists():
-            return
 
 
 def _check_room(directory: Path, arrays: PyTree, config: dict, assets: Mapping[str, bytes]) -> None:

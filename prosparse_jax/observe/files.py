@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from prosparse_jax.errors import CheckpointError, RecordError
 
 TRAINING_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+_DELETION_ATTEMPTS = 20
 
 
 @contextlib.contextmanager
@@ -79,6 +81,15 @@ def _written(path: Path, needed_bytes: int) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def delete_directory(directory: Path) -> None:
+    """Deletes a directory that threads of a failed save may still be writing to."""
+    for _ in range(_DELETION_ATTEMPTS):
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)  # For a write that was under way: it makes its directory anew.
+        if not directory.exists():
+            return
 
 
 def json_ready(value: object) -> object:
