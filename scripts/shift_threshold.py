@@ -26,6 +26,9 @@ def main() -> None:
     parser.add_argument(
         "--sequences", type=int, default=384, help="held-out sequences to evaluate on (default 384); more is steadier"
     )
+    parser.add_argument(
+        "--sequence-length", type=int, help="tokens of a sequence (default: as trained; give it for an imported model)"
+    )
     parser.add_argument("--data", nargs="+", default=(), help="other text files or folders to take held-out text from")
     arguments = parser.parse_args()
 
@@ -46,6 +49,7 @@ def main() -> None:
         arguments.thresholds,
         budget=arguments.budget,
         sequences=arguments.sequences,
+        sequence_length=arguments.sequence_length,
         paths=tuple(arguments.data),
     )
     standard_console().print(sweep_table(shift))

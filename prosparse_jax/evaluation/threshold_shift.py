@@ -19,6 +19,7 @@ from prosparse_jax.data.tokenizer import tokenizer_from_files
 from prosparse_jax.errors import CheckpointError, ConfigError
 from prosparse_jax.evaluation.validation import run_validation
 from prosparse_jax.interop.conversion import write_checkpoint
+from prosparse_jax.interop.hf_reader import is_hf_directory
 from prosparse_jax.interop.sources import CheckpointSource
 from prosparse_jax.interop.weights import load_sharded, total_bytes
 from prosparse_jax.observe.files import atomic_directory, write_json_atomic
@@ -96,17 +97,31 @@ def _invalid_arguments(thresholds: Sequence[float], budget: float, sequences: in
 
 
 def sweep_thresholds(
-    path: Path, thresholds: Sequence[float], *, budget: float, sequences: int, paths: Sequence[str] = ()
+    path: Path,
+    thresholds: Sequence[float],
+    *,
+    budget: float,
+    sequences: int,
+    sequence_length: int | None = None,
+    paths: Sequence[str] = (),
 ) -> ThresholdShift:
     """Evaluates every threshold on the same held-out sequences, reading them once.
 
     `path` is a run or checkpoint directory of a ReLU model; `budget` is the tolerated rise of perplexity in percent
-    over threshold 0, which is always among the rows; `paths` replace the text that the checkpoint was trained on.
+    over threshold 0, which is always among the rows; `paths` replace the text that the checkpoint was trained on, and
+    `sequence_length` the length of its sequences.
     """
     if found := [*_invalid_arguments(thresholds, budget, sequences)]:
         raise ConfigError(found)
+    if path.exists() and is_hf_directory(path):
+        raise ConfigError(
+            [f"{path} is a Hugging Face directory; first: python scripts/convert_hf.py import {path} DIRECTORY"]
+        )
     source = CheckpointSource(path)
     config = _fatrelu_config(source.config, source.location, paths)
+    if sequence_length is not None:
+        training = dataclasses.replace(config.training, sequence_length=sequence_length)
+        config = dataclasses.replace(config, training=training)
     program = build_program(config)
     tokens = prepare_tokens(config.data, tokenizer_from_files(source.assets, str(source.location)))
     length = config.training.sequence_length

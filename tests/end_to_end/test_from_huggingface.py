@@ -205,3 +205,14 @@ def test_a_recipe_of_another_shape_is_refused_with_every_field(made):
         assert part in ended.stderr
     assert not list((made.directory / "runs/wrong").glob("*.json*"))
     assert not list((made.directory / "runs/wrong").glob("checkpoints/*"))
+
+
+def test_the_shift_of_a_hugging_face_model_needs_an_import_and_takes_a_length(made):
+    ended = made.run("shift_threshold", "model", code=2)
+    assert (
+        "model is a Hugging Face directory; first: python scripts/convert_hf.py import model DIRECTORY" in ended.stderr
+    )
+    ended = made.run("shift_threshold", "runs/sparse", "--sequence-length=0", "--out=none", code=2)
+    assert "training.sequence_length=0 must be at least 1" in ended.stderr
+    options = ("--thresholds=0.1", "--sequences=8", "--sequence-length=16", "--out=short")
+    assert "128 held-out tokens" in made.run("shift_threshold", "runs/sparse", *options).stdout
