@@ -26,7 +26,13 @@ def dense_ffn(
         gate_FD, up_FD, down_FD: One row per neuron.
         threshold: t; a neuron is active where its gate product, rounded to x's dtype, is >= t and > 0.
     """
-    gate_FB = activated(matrix_products(x_BD, gate_FD), threshold, x_BD.dtype)
+    return dense_rows(x_BD, activated(matrix_products(x_BD, gate_FD), threshold, x_BD.dtype), up_FD, down_FD)
+
+
+def dense_rows(
+    x_BD: Float[Array, "B D"], gate_FB: Float[Array, "F B"], up_FD: Float[Array, "F D"], down_FD: Float[Array, "F D"]
+) -> Float[Array, "B D"]:
+    """Steps 2 and 3 together, from activated gate products; float32."""
     x1_FB = gate_FB * matrix_products(x_BD, up_FD)
     return jnp.einsum("fb,fd->bd", x1_FB.astype(x_BD.dtype), down_FD, preferred_element_type=jnp.float32)
 
@@ -42,7 +48,13 @@ def gathered_ffn(
 
     Their numbers are packed to the front, and a loop, as long as there are active ones, takes a few hundred at a time.
     """
-    gate_FB = activated(gate_products(x_BD, gate_FD), threshold, x_BD.dtype)
+    return gathered_rows(x_BD, activated(gate_products(x_BD, gate_FD), threshold, x_BD.dtype), up_FD, down_FD)
+
+
+def gathered_rows(
+    x_BD: Float[Array, "B D"], gate_FB: Float[Array, "F B"], up_FD: Float[Array, "F D"], down_FD: Float[Array, "F D"]
+) -> Float[Array, "B D"]:
+    """Steps 2 and 3 together, from activated gate products."""
 
     def take(rows_R: Int[Array, "R"], valid_R: Bool[Array, "R"], sum_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
         return sum_BD + _down_rows(_up_rows(x_BD, gate_FB, up_FD, rows_R, valid_R), down_FD, rows_R, x_BD.dtype)

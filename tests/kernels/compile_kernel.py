@@ -28,7 +28,7 @@ from pallas_kernels import bench
 from pallas_kernels.down import down
 from pallas_kernels.fused_ffn import fused_ffn
 from pallas_kernels.gate_up import gate_up
-from tests.gpu_devices import COMPUTE_CAPABILITY, gpu_devices
+from prosparse_jax.plan.gpus import GPUS, gpu_devices
 
 SHAPES = {"7b": (4096, 11008), "13b": (5120, 13824), "1b": (1536, 3840)}
 WIDE_LOAD = re.compile(r"ld\.global[\w.:]*\.v4\.(?:b32|u32|f32)|ld\.global[\w.:]*\.v8\.b16")
@@ -128,7 +128,7 @@ def report() -> list[dict]:
 
 def main(card: str, *cases: str) -> None:
     # Without a device Mosaic GPU takes compute capability 9.0, and code for it aborts the compiler of 8.0.
-    mosaic_utils._infer_arch = lambda: COMPUTE_CAPABILITY[card]
+    mosaic_utils._infer_arch = lambda: GPUS[card].compute_capability
     # What is timed on a GPU asks which platform it is on.
     jax.default_backend = lambda: "gpu"
     results = {}

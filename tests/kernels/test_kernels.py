@@ -179,6 +179,19 @@ def test_the_xla_paths_compute_the_ffn(batch, neurons, dtype):
         assert_close(jax.jit(compute)(case.x, *case.weights, case.threshold), case.y_BD, ROUNDED[dtype])
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "xla_gather", "xla_dense"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_implementation_counts_the_active_neurons_of_each_token(implementation, batch):
+    case = Case(batch, 256, 40, 0.4)
+    interpret = INTERPRETED if implementation == "mosaic_gpu" else None
+    y, active = api.sparse_ffn_counted(
+        case.x, *case.weights, case.threshold, implementation=implementation, interpret=interpret
+    )
+    assert y.dtype == jnp.float32
+    assert_close(y, case.y_BD, ROUNDED["bfloat16"])
+    np.testing.assert_array_equal(active, case.active_FB.sum(axis=0))
+
+
 def test_the_gathering_path_reads_active_rows_only():
     """Rows of inactive neurons are NaN: whoever multiplies them by zero gives NaN, as the dense form does."""
     case = Case(1, 64, 300, 0.5, "float32")

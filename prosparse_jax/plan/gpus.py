@@ -1,0 +1,132 @@
+"""GPUs that need not be there: what XLA and Mosaic GPU must know to compile for them, and what their data sheets say.
+
+Compiling needs JAX's CUDA plugin, neither a driver nor a GPU.
+"""
+
+import dataclasses
+import difflib
+
+import jax
+from jax.experimental import topologies
+
+GPUS_PER_MACHINE = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPU:
+    """One kind of GPU in a machine of eight. Rates are per GPU and second; links are per direction."""
+
+    description: str
+    """The device's name as its driver reports it."""
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    shared_memory_per_multiprocessor: int
+    """Bytes; a block can use 1 KiB less."""
+    memory: int
+    """Bytes that the driver reports."""
+    matmul_flops: float
+    """Dense bfloat16 with float32 accumulation."""
+    memory_bandwidth: float
+    link_bandwidth: float
+    """Bytes to the other GPUs of the machine (NVLink)."""
+    network_bandwidth: float
+    """Bytes to other machines: one network adapter per GPU, as in NVIDIA's own machines. Clouds often have less."""
+
+
+_A100 = GPU(
+    description="NVIDIA A100-SXM4-80GB",
+    compute_capability=(8, 0),
+    multiprocessors=108,
+    shared_memory_per_multiprocessor=164 * 2**10,
+    memory=85_100_068_864,
+    matmul_flops=312e12,
+    memory_bandwidth=2.039e12,
+    link_bandwidth=300e9,
+    network_bandwidth=25e9,
+)
+GPUS: dict[str, GPU] = {
+    "a100-80": _A100,
+    "a100-40": dataclasses.replace(
+        _A100, description="NVIDIA A100-SXM4-40GB", memory=42_505_273_344, memory_bandwidth=1.555e12
+    ),
+    "h100": GPU(
+        description="NVIDIA H100 80GB HBM3",
+        compute_capability=(9, 0),
+        multiprocessors=132,
+        shared_memory_per_multiprocessor=228 * 2**10,
+        memory=84_942_979_072,
+        matmul_flops=989e12,
+        memory_bandwidth=3.352e12,
+        link_bandwidth=450e9,
+        network_bandwidth=50e9,
+    ),
+}
+"""NVIDIA's data sheets; memory as the drivers report it."""
+
+# The same for all of them; XLA's compiler aborts where one that it divides by is 0.
+_COMMON_LIMITS = {
+    "threads_per_warp": 32,
+    "threads_per_block_limit": 1024,
+    "threads_per_core_limit": 2048,
+    "shared_memory_per_block": 48 * 2**10,
+    "registers_per_block_limit": 2**16,
+    "registers_per_core_limit": 2**16,
+    "thread_dim_limit_x": 1024,
+    "thread_dim_limit_y": 1024,
+    "thread_dim_limit_z": 64,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 2**16 - 1,
+    "block_dim_limit_z": 2**16 - 1,
+}
+# Code for Hopper uses instructions that later GPUs lack, which XLA calls an extension.
+_CAPABILITIES = {(8, 0): "major: 8", (9, 0): "major: 9 feature_extension: ACCELERATED_FEATURES"}
+
+
+def gpu_problems(name: str, count: int) -> list[str]:
+    """What is wrong with a request for `count` GPUs of a kind, as sentences."""
+    found = []
+    if name not in GPUS:
+        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
+        known = ", ".join(GPUS)
+        found.append(f"--gpu {name} is unknown; choose one of {known}" + (f" (meant {near[0]}?)" if near else ""))
+    if count < 1:
+        found.append(f"--gpus {count}: at least one GPU is needed")
+    elif count > GPUS_PER_MACHINE and count % GPUS_PER_MACHINE:
+        found.append(
+            f"--gpus {count}: beyond one machine it must be a multiple of the {GPUS_PER_MACHINE} GPUs of a machine"
+        )
+    return found
+
+
+def machines(count: int) -> int:
+    """How many machines `count` GPUs fill."""
+    return max(1, count // GPUS_PER_MACHINE)
+
+
+def gpu_devices(name: str, count: int) -> list[jax.Device]:
+    """`count` devices of kind `name` that programs can be compiled for, all addressed by this one process."""
+    gpu = GPUS[name]
+    limits = _COMMON_LIMITS | {
+        "core_count": gpu.multiprocessors,
+        "shared_memory_per_block_optin": gpu.shared_memory_per_multiprocessor - 2**10,
+        "shared_memory_per_core": gpu.shared_memory_per_multiprocessor,
+        "device_memory_size": gpu.memory,
+    }
+    lines = "\n".join(f"  {field}: {value}" for field, value in limits.items())
+    target = f"""
+        platform_name: "CUDA"
+        device_description_str: "{gpu.description}"
+        runtime_version {{ major: 12 minor: 9 }}
+        dnn_version_info {{ major: 9 minor: 10 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ {_CAPABILITIES[gpu.compute_capability]} }}
+          {lines}
+        }}"""
+    hosts = machines(count)
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=f"{name}x{count}",
+        target_config=target,
+        topology=f"1x{hosts}x{count // hosts}",
+    )
+    return list(topology.devices)

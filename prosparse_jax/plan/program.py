@@ -1,0 +1,124 @@
+"""A training step, compiled in a process of its own for the GPUs it will run on."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from prosparse_jax import config_checks
+from prosparse_jax.config import Config
+from prosparse_jax.config_io import config_to_dict
+from prosparse_jax.errors import PlanError
+from prosparse_jax.plan.gpus import gpu_problems
+from prosparse_jax.plan.hlo import Module
+
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+# Tuning would time candidate matrix products on a GPU.
+UNTUNED = "--xla_gpu_autotune_level=0"
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """What the compiler said of one device's part of a training step."""
+
+    config: Config
+    gpu: str
+    gpus: int
+    for_gpu: bool
+    """False: compiled for as many fake CPU devices, because there is no CUDA plugin."""
+    arguments: int
+    """Bytes, as all sizes here."""
+    temporary: int
+    output: int
+    aliased: int
+    """Of the output, what takes the place of donated arguments."""
+    parameters: int
+    optimizer: int
+    batch: int
+    attention: str
+    compile_seconds: float
+    hlo: str
+
+    @property
+    def peak(self) -> int:
+        """Bytes of arguments, results and working memory together."""
+        return self.arguments + self.output - self.aliased + self.temporary
+
+    @functools.cached_property
+    def module(self) -> Module:
+        return Module(self.hlo)
+
+
+def has_cuda_plugin() -> bool:
+    """Whether JAX can compile for NVIDIA GPUs here."""
+    return any(importlib.util.find_spec(name) for name in CUDA_PLUGINS)
+
+
+def request_problems(config: Config, gpu: str, gpus: int) -> list[str]:
+    """All that is wrong with a plan's request, as sentences; nothing is compiled for it."""
+    return [*gpu_problems(gpu, gpus), *config_checks.problems(config, gpus if gpus > 0 else None)]
+
+
+def compile_step(config: Config, gpu: str, gpus: int) -> CompiledStep:
+    """Compiles the training step of `config` for `gpus` GPUs of kind `gpu`; XLA_FLAGS of the environment apply.
+
+    The request must have no `request_problems`. Raises PlanError when the compiler fails.
+    """
+    for_gpu = has_cuda_plugin()
+    if not for_gpu and config.training.compute_dtype == "auto":
+        # What it would be on a GPU.
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, compute_dtype="bfloat16"))
+    request = {"config": config_to_dict(config), "gpu": gpu if for_gpu else "", "gpus": gpus}
+    with tempfile.TemporaryDirectory(prefix="prosparse_plan_") as folder:
+        out = Path(folder) / "step.hlo"
+        answer = _run_worker(request, out, gpus, for_gpu)
+        hlo = out.read_text(encoding="utf-8")
+    return CompiledStep(
+        config=config,
+        gpu=gpu,
+        gpus=gpus,
+        for_gpu=for_gpu,
+        **answer.pop("memory"),
+        **answer.pop("state"),
+        **answer,
+        hlo=hlo,
+    )
+
+
+def _run_worker(request: dict, out: Path, gpus: int, for_gpu: bool) -> dict:
+    flag = UNTUNED if for_gpu else f"--xla_force_host_platform_device_count={gpus}"
+    paths = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+    }
+    command = [sys.executable, "-m", "prosparse_jax.plan.worker", str(out)]
+    done = subprocess.run(
+        command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise PlanError(failure(done.returncode, done.stderr))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def failure(code: int, stderr: str) -> str:
+    """One paragraph for a compiler that failed or was killed."""
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with status {code}"
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    # XLA's own words: of an abort its fatal line ("F" and the date), of an exception the last line.
+    said = next((line for line in lines if re.match(r"F\d{4} |.*Check failed", line)), lines[-1] if lines else "")
+    hint = "; another process may have taken the memory" if code == -signal.SIGKILL else ""
+    return (
+        f"XLA {how} while compiling the step{hint}: {said or 'it said nothing'}\nIf XLA_FLAGS is set, try without it; "
+        "a smaller micro-batch (more training.microbatches) or another training.remat may compile"
+    )

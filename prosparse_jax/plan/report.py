@@ -1,0 +1,157 @@
+"""A plan as tables of at most 80 columns."""
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from prosparse_jax.plan.estimate import Plan
+from prosparse_jax.plan.gpus import machines
+from prosparse_jax.plan.program import CUDA_PLUGINS
+from prosparse_jax.plan.search import Trial, best, largest_micro_batch, lightest_remat
+
+GIB = 2**30
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Memory, collectives and time of a plan."""
+    for line in _heading(plan):
+        console.print(line, markup=False, highlight=False)
+    console.print(_memory_table(plan))
+    console.print(_collectives_table(plan))
+    if plan.times is None:
+        console.print(
+            f"No times: {' or '.join(CUDA_PLUGINS)} is not installed, so this is a CPU's program. The arguments are "
+            "exact; working memory and collectives are another compiler's and only indicative (its attention keeps "
+            "all scores).",
+            highlight=False,
+        )
+    else:
+        console.print(_time_table(plan))
+    console.print(_verdict(plan), style="bold", markup=False, highlight=False)
+
+
+def _heading(plan: Plan) -> Iterator[str]:
+    step, training = plan.step, plan.step.config.training
+    hosts = machines(step.gpus)
+    where = f"{step.gpus} x {step.gpu}" + (f" in {hosts} machines" if hosts > 1 else "")
+    yield f"{step.config.name} on {where}, compiled in {step.compile_seconds:.0f} s; nothing was run"
+    yield (
+        f"{plan.micro_batch} x {training.sequence_length} tokens a GPU at a time, {training.microbatches} micro-batches, "
+        f"remat {training.remat}, attention {step.attention}"
+    )
+    if plan.times is not None and hosts > 1:
+        gigabits = 8 * plan.gpu.network_bandwidth / 1e9
+        yield f"between machines: {gigabits:g} Gbit/s per GPU are assumed (--network-gbits)"
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = _table("Memory of one GPU")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, size in plan.parts.items():
+        table.add_row(name, f"{size / GIB:.2f}")
+    table.add_section()
+    table.add_row("peak", f"{plan.step.peak / GIB:.2f}", style="bold")
+    table.add_row("usable (less CUDA, NCCL, workspace, fragmentation)", f"{plan.usable / GIB:.2f}")
+    table.add_row("capacity", f"{plan.gpu.memory / GIB:.2f}")
+    return table
+
+
+def _collectives_table(plan: Plan) -> Table:
+    table = _table("Communication of one step", "each, arrays: in one layer of a loop, one micro-batch, or one step")
+    for name in ("collective", "type", "where"):
+        table.add_column(name, no_wrap=True)
+    for name in ("GPUs", "each", "arrays", "runs", "GiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in plan.collectives:
+        counts = (row.devices, row.per_iteration, row.tensors, row.count)
+        table.add_row(row.kind, row.dtype, row.where, *map(str, counts), f"{row.bytes / GIB:,.2f}")
+    return table
+
+
+def _table(title: str, caption: str | None = None) -> Table:
+    return Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+
+
+def _time_table(plan: Plan) -> Table:
+    table = _table("Time of one step (arithmetic, not a measurement)")
+    table.add_column("")
+    table.add_column("hard bound", justify="right")
+    table.add_column("expected", justify="right")
+    parts = {
+        "matrix products, s": "matmul",
+        "attention, s": "attention",
+        "everything else, by memory traffic, s": "memory",
+        "communication, s": "communication",
+    }
+    for name, field in parts.items():
+        table.add_row(name, f"{getattr(plan.hard_times, field):.2f}", f"{getattr(plan.times, field):.2f}")
+    assert plan.times is not None
+    table.add_row("  of it exposed in this schedule, s", "0.00", f"{plan.times.exposed:.2f}")
+    table.add_section()
+    totals = (
+        ("step, s", plan.step_seconds, "{:.2f}", 1),
+        ("tokens/s of one GPU", plan.tokens_per_second, "{:,.0f}", 1),
+        ("MFU, causal attention counted", plan.mfu_causal, "{:.1f} %", 100),
+        ("MFU, full attention counted", plan.mfu_full, "{:.1f} %", 100),
+    )
+    for name, bounds, form, factor in totals:
+        assert bounds is not None
+        table.add_row(name, form.format(factor * bounds.hard), form.format(factor * bounds.expected))
+    table.add_row("GFLOP per token, recomputation included", "", f"{plan.flops_per_token / 1e9:.2f}")
+    return table
+
+
+def _verdict(plan: Plan) -> str:
+    spare = (plan.usable - plan.step.peak) / GIB
+    if plan.fits:
+        return f"fits, with {spare:.1f} GiB to spare"
+    return (
+        f"DOES NOT FIT: {-spare:.1f} GiB too much. Raise training.microbatches, choose a training.remat that keeps less, "
+        "or let --search look"
+    )
+
+
+def print_search(trials: Sequence[Trial], plan: Plan, console: Console) -> None:
+    """All that was tried, and what to take."""
+    table = _table("Tried, expected times")
+    for name in ("remat", "seq./GPU", "peak GiB", "fits", "step s", "MFU %", "tokens/s/GPU"):
+        table.add_column(name, justify="left" if name == "remat" else "right", no_wrap=True)
+    chosen = best(trials)
+    for trial in trials:
+        tried = trial.plan
+        if tried is None:
+            table.add_row(trial.remat, str(trial.micro_batch), "-", "failed", "", "", "")
+            continue
+        time = ("", "", "")
+        if tried.step_seconds and tried.mfu_causal and tried.tokens_per_second:
+            time = (
+                f"{tried.step_seconds.expected:.2f}",
+                f"{100 * tried.mfu_causal.expected:.1f}",
+                f"{tried.tokens_per_second.expected:,.0f}",
+            )
+        fits = "yes" if tried.fits else "no"
+        style = "bold" if trial is chosen else None
+        table.add_row(trial.remat, str(trial.micro_batch), f"{tried.step.peak / GIB:.1f}", fits, *time, style=style)
+    console.print(table)
+    for line in _suggestions(trials, plan):
+        console.print(line, markup=False, highlight=False)
+
+
+def _suggestions(trials: Sequence[Trial], plan: Plan) -> Iterator[str]:
+    largest, lightest, chosen = largest_micro_batch(trials), lightest_remat(trials), best(trials)
+    if largest is None or lightest is None or chosen is None:
+        yield "nothing that was tried fits: use more GPUs, GPUs with more memory, or shorter sequences"
+        return
+    yield f"largest micro-batch that fits: {largest.micro_batch} a GPU, with remat {largest.remat}"
+    yield f"lightest remat that fits: {lightest.remat}, with {lightest.micro_batch} a GPU"
+    training = plan.step.config.training
+    microbatches = training.sequences_per_step // (chosen.micro_batch * plan.step.gpus)
+    yield f"fastest by the model: --training.microbatches {microbatches} --training.remat {chosen.remat}"
+    if plan.step.config.sparsity.reduction == "paper" and microbatches != training.microbatches:
+        yield (
+            "note: sparsity.reduction=paper ties λ to the micro-batch of a device; scale the peaks by "
+            f"{microbatches / training.microbatches:g} to keep their meaning"
+        )

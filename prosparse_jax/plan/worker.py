@@ -1,0 +1,63 @@
+"""Compiles a training step for GPUs that are not there: `python -m prosparse_jax.plan.worker OUT < request.json`.
+
+Writes the optimised HLO to OUT and prints what it needs as one line of JSON. A process of its own, started by
+`program.compile_step`: XLA reads its flags once, and a target that it cannot handle aborts the process.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from prosparse_jax.config_io import config_from_dict
+from prosparse_jax.plan.gpus import gpu_devices
+from prosparse_jax.training.setup import build_program
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of one device's part of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)  # the random key
+    )
+
+
+def main(out: str) -> None:
+    request = json.load(sys.stdin)
+    config = config_from_dict(request["config"], source="the plan's request")
+    devices = gpu_devices(request["gpu"], request["gpus"]) if request["gpu"] else jax.devices()
+    program = build_program(config, devices)
+    with jax.set_mesh(program.mesh):
+        state = program.abstract_state()
+    start = time.perf_counter()
+    compiled = program.lower_train_step().compile()
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
+    Path(out).write_text(text, encoding="utf-8")
+    answer = {
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+            "output": memory.output_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+        },
+        "state": {
+            "parameters": device_bytes(state.parameters),
+            "optimizer": device_bytes(state.optimizer),
+            "batch": device_bytes(program.abstract_batch()),
+        },
+        "attention": program.options.attention,
+        "compile_seconds": seconds,
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,87 @@
+"""Gradients of the embedding table and the head in bfloat16: their sums over tokens against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from prosparse_jax.model.transformer import RunOptions, embed, unembed
+from prosparse_jax.training.state import abstract_model
+from tests.support import random_weights, small_config
+
+BF16 = RunOptions(compute_dtype=jnp.dtype("bfloat16"))
+BATCH, LENGTH, COMMON = 8, 1024, 3
+# Each device rounds its sum to bfloat16 (2^-9), and eight of them are added in bfloat16: 2^-9 for each of 7 additions, of
+# partial sums that are no larger than the result, since all terms have one sign.
+TOLERANCE = 8 * 2.0**-9
+
+
+@pytest.fixture
+def tables(mesh):
+    """tables(fsdp): the config's model, its embedding and head as the model gathers them, and their parameters."""
+
+    def make(fsdp: int):
+        made = mesh(fsdp=fsdp)
+        config = small_config()
+        graphdef, shapes = abstract_model(config, BF16)
+        parameters = jax.tree.map(
+            lambda x, shape: jax.device_put(x, NamedSharding(made, shape.sharding.spec)), random_weights(shapes), shapes
+        )
+
+        def gathered(parameters, name):
+            model = nnx.merge(graphdef, parameters)
+            return model._gather_table(getattr(model, name))
+
+        return config.model, gathered, parameters
+
+    return make
+
+
+def bfloat16(rng, *shape) -> np.ndarray:
+    """Positive numbers, so that a sum is as large as its terms."""
+    return np.asarray(jnp.asarray(0.5 + rng.random(shape), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_embedding_gradients_of_a_frequent_token_sum_in_float32(tables, fsdp):
+    model, gathered, parameters = tables(fsdp)
+    rng = np.random.default_rng(0)
+    # Half of all tokens are one token: 4,096 terms in its row.
+    tokens = rng.integers(0, model.vocab_size, (BATCH, LENGTH))
+    tokens[:, ::2] = COMMON
+    gradient_BTD = bfloat16(rng, BATCH, LENGTH, model.d_model)
+    sharding = BF16.sharding.activation
+
+    @jax.jit
+    def pull_back(parameters, tokens, gradient):
+        _, pull = jax.vjp(lambda p: embed(gathered(p, "embedding"), tokens, model, BF16), parameters)
+        return pull(gradient)[0]["embedding"][...]
+
+    ours = pull_back(parameters, jax.device_put(tokens, sharding(2)), jax.device_put(gradient_BTD, sharding(3)))
+    oracle = np.zeros((model.vocab_size, model.d_model))
+    np.add.at(oracle, tokens, np.float64(gradient_BTD))
+    np.testing.assert_allclose(np.float64(ours), oracle, rtol=TOLERANCE)
+    # The test can fail: a bfloat16 sum stops growing where a term is less than half of the last digit.
+    naive = np.zeros(oracle.shape, jnp.bfloat16)
+    np.add.at(naive, tokens, gradient_BTD)
+    assert np.float64(naive)[COMMON].max() < 0.2 * oracle[COMMON].min()
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_head_gradients_sum_in_float32(tables, fsdp):
+    model, gathered, parameters = tables(fsdp)
+    rng = np.random.default_rng(1)
+    x_BTD = bfloat16(rng, BATCH, LENGTH, model.d_model)
+    gradient_BTV = np.float32(bfloat16(rng, BATCH, LENGTH, model.vocab_size))
+    sharding = BF16.sharding.activation
+
+    @jax.jit
+    def pull_back(parameters, x, gradient):
+        _, pull = jax.vjp(lambda p: unembed(x, gathered(p, "head"), model, BF16), parameters)
+        return pull(gradient)[0]["head"][...]
+
+    ours = pull_back(parameters, jax.device_put(x_BTD, sharding(3)), jax.device_put(gradient_BTV, sharding(3)))
+    oracle = np.einsum("btv,btd->vd", np.float64(gradient_BTV), np.float64(x_BTD))
+    np.testing.assert_allclose(np.float64(ours), oracle, rtol=TOLERANCE)
