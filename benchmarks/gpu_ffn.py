@@ -1,7 +1,7 @@
 """Everything about the sparse FFN that needs a GPU, in one run: ceilings, correctness, and dense against sparse.
 
   python benchmarks/gpu_ffn.py --out benchmarks/results/ffn-h100.json        # about 15 minutes, 20 GB of GPU memory
-  python benchmarks/gpu_ffn.py --toy --out /tmp/ffn.json                     # the same code on any machine, to try it out
+  python benchmarks/gpu_ffn.py --toy --out ffn.json                          # the same code on any machine, to try it out
 
 1. Ceilings: copying in device memory, and an 8192-cubed bfloat16 product.
 2. Every kernel against numpy in float64, on fresh random inputs and, with --pattern, on real activations; 1 to 8 tokens.
