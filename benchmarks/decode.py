@@ -14,8 +14,9 @@ they decide the signs of the gates. --pattern takes the patterns from a file of 
 
 Speeds stand beside their limit: the bytes of the weights that a token must read, at the bandwidth of the same run. Every
 round says what share of the cores other processes used meanwhile; ratios are over the rounds in which that was at most
-5 %, or over all where there is no such round ("quiet": false); such speeds say little. CPU seconds of a step suffer less
-from neighbours, as torch's threads are told to sleep while they wait (OMP_WAIT_POLICY=PASSIVE): "cpu_ratio".
+5 %, or over all where there is no such round ("quiet": false); such speeds say little. torch runs twice, with threads that
+spin while they wait, as by default, and with threads that sleep; compare with the faster. CPU seconds of a step
+("cpu_ratio") suffer less from neighbours, with sleeping threads.
 """
 
 import argparse
@@ -43,6 +44,8 @@ from prosparse_jax.interop.weights import count_parameters, parameter_shapes, pi
 
 THREADS = 2
 QUIET_SHARE = 0.05
+PEERS = {"spinning": {}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
+"""What is added to the environment of torch: how its threads wait. Spinning is the default, and suffers from neighbours."""
 PROMPT = "Once upon a time, there was a little girl who lived in a village near the forest. One day she"
 PATTERNS = 32
 """Columns of the residual stream that say which neurons a token activates."""
@@ -226,7 +229,7 @@ def serve(directory: str, tokens: int) -> None:
         print(json.dumps({"figures": figures, "tokens": found}), flush=True)
 
 
-def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, Any]:
+def beside_transformers(directory: Path, tokens: int, rounds: int, peer_environment: dict[str, str]) -> dict[str, Any]:
     from prosparse_jax.data.tokenizer import tokenizer_from_files
     from prosparse_jax.inference.engine import Engine
     from prosparse_jax.inference.text import encode_prompts
@@ -239,7 +242,7 @@ def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, 
     first = our_speed(engine, prompts, tokens)[1][1]
     compile_seconds = time.perf_counter() - start
     command = [sys.executable, __file__, "--serve", str(directory), "--tokens", str(tokens)]
-    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | peer_environment
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert peer.stdin is not None
     assert peer.stdout is not None
@@ -252,6 +255,8 @@ def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, 
     def theirs() -> dict[str, float]:
         print(file=peer.stdin, flush=True)
         answer.update(json.loads(peer.stdout.readline()))
+        # Threads that spin keep the cores busy for a while after their last work.
+        time.sleep(0.3)
         return answer["figures"]
 
     # The peer loads its model while it waits for its first line.
@@ -263,7 +268,7 @@ def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, 
     limit = bandwidth / weight_bytes(source.model, 4, 1.0)
     result = rounds_of_both.summary("ours", "transformers")
     return result | {
-        "peer_environment": {"OMP_WAIT_POLICY": "PASSIVE"},
+        "peer_environment": peer_environment,
         "prompt_tokens": len(prompts[0]),
         "new_tokens": tokens,
         "first_generation_seconds": compile_seconds,
@@ -367,7 +372,10 @@ def main() -> None:
         "versions": {name: version(name) for name in ("jax", "transformers")},
     }
     if arguments.model:
-        record["beside_transformers"] = beside_transformers(arguments.model, arguments.tokens, arguments.rounds)
+        record["beside_transformers"] = {
+            name: beside_transformers(arguments.model, arguments.tokens, arguments.rounds, environment)
+            for name, environment in PEERS.items()
+        }
     rng = np.random.default_rng(0)
     for path in arguments.sparse:
         source = open_source(path)
