@@ -11,14 +11,12 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +179,10 @@ def main() -> None:
         shutil.rmtree(arguments.directory)
 
     from prosparse_jax.observe.files import write_json_atomic
+    from prosparse_jax.observe.provenance import provenance
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
     record = {
-        "command": " ".join(sys.argv),
-        "commit": commit.stdout.strip(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("tensorstore", "orbax-checkpoint", "safetensors", "numpy")},
+        **provenance("tensorstore", "orbax-checkpoint", "safetensors", "numpy"),
         "model": SHAPE | {"num_layers": arguments.layers},
         **result,
     }

@@ -6,12 +6,9 @@ Takes about six minutes a seed and two minutes a variant on two idle cores; `--o
 import argparse
 import dataclasses
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from prosparse_jax.config import Config, Stage
@@ -21,6 +18,7 @@ from prosparse_jax.errors import run_script
 from prosparse_jax.evaluation.threshold_shift import sweep_thresholds
 from prosparse_jax.observe.files import write_json_atomic
 from prosparse_jax.observe.progress import standard_console
+from prosparse_jax.observe.provenance import provenance
 from prosparse_jax.runtime import prepare_runtime
 
 # Stages as (peak, share of the run at which it is reached), for the same number of steps as the demo's recipe.
@@ -69,12 +67,6 @@ def run_variant(demo: Path, name: str, summary: dict[str, Any], console: Console
     }
 
 
-def _commit() -> str:
-    """The commit that is measured, marked when the tree differs from it."""
-    text = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-    return text.stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds of the demo (default 0 1 2)")
@@ -86,9 +78,7 @@ def main() -> None:
     prepare_runtime()
     console = standard_console()
     result: dict[str, Any] = {
-        "device": f"{platform.processor() or platform.machine()}, CPU",
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
-        "commit": _commit(),
+        **provenance("jax"),
         "scale": arguments.scale,
         "seeds": {},
         "variants": {},

@@ -11,13 +11,9 @@ a run of configs/prosparse_smollm2_135m.py is exported and compared in the same 
 
 import argparse
 import math
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -176,17 +172,11 @@ def main() -> None:
 
     from prosparse_jax.interop.commands import export_model, import_model
     from prosparse_jax.observe.files import write_json_atomic
+    from prosparse_jax.observe.provenance import provenance
     from prosparse_jax.runtime import prepare_runtime
 
     prepare_runtime()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    record: dict[str, Any] = {
-        "commit": commit.stdout.strip(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("jax", "transformers", "torch", "numpy")},
-    }
+    record = provenance("jax", "transformers", "torch", "numpy")
     with tempfile.TemporaryDirectory() as folder:
         imported = Path(folder) / "imported"
         import_model(arguments.directory, imported)

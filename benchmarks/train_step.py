@@ -16,13 +16,11 @@ peer runs twice, with glibc's defaults and with the same setting: `ratio` compar
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +51,9 @@ SIZES: dict[str, dict[str, int]] = {
 PEER_ACTIVATIONS = {"swish": "silu", "relu": "relu"}
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM, NORM_EPS = 1e-3, (0.9, 0.95), 0.05, 1.0, 1e-5
 
-KEPT_ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "4000000000",
-    "MALLOC_TRIM_THRESHOLD_": "4000000000",
-    "MALLOC_TOP_PAD_": "67108864",
-}
+KEPT_ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": "67108864"} | dict.fromkeys(
+    ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "4000000000"
+)
 """One heap for all threads, large blocks in it too, and never given back."""
 WORKERS: dict[str, tuple[str, dict[str, str]]] = {
     "ours": ("ours", {}),
@@ -67,6 +62,9 @@ WORKERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Kind of each worker, and what is added to its environment."""
 COMPILED_PEER = "peer, torch.compile"
+PAIRED = "step/no_statistics"
+"""The turn in which steps with and without penalty and statistics alternate: the difference is far below what changes
+between turns."""
 
 PAUSE_SECONDS = 0.3
 """Between turns: OpenMP threads spin for up to 0.2 s after their last work."""
@@ -131,6 +129,8 @@ def _our_step(size: dict[str, int], activation: str, *, statistics_on: bool) -> 
             "inputs": inputs.astype(np.int32),
             "targets": targets.astype(np.int32),
             "mask": np.ones(inputs.shape, np.float32),
+            "loss_mask": np.ones(inputs.shape, np.float32),
+            "source": np.zeros(len(inputs), np.int32),
         }
     )
     with jax.set_mesh(program.mesh):
@@ -227,17 +227,30 @@ def _serve(arguments: argparse.Namespace) -> None:
         step()
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
-        name, budget = line.split()
-        seconds: list[float] = []
-        others, cpu, end = _busy_seconds(), time.process_time(), time.perf_counter() + float(budget)
-        while not seconds or time.perf_counter() < end:
-            start = time.perf_counter()
-            loss = steps[name]()
-            seconds.append(time.perf_counter() - start)
-        cpu = time.process_time() - cpu
-        others = max(0.0, _busy_seconds() - others - cpu) / (sum(seconds) * (os.cpu_count() or 1))
-        answer = {"median": statistics.median(seconds), "fastest": min(seconds), "cpu": cpu / len(seconds)}
-        print(json.dumps(answer | {"others": others, "loss": loss}), flush=True)
+        names, budget = line.split()
+        print(json.dumps(_turn([steps[name] for name in names.split("/")], float(budget))), flush=True)
+
+
+def _turn(programs: list[Step], budget: float) -> dict[str, Any]:
+    """Runs the programs in turn, step by step, for `budget` seconds: wall and CPU seconds of the first one's steps, the
+    share of the CPU that others took, and what the first costs more than the second, as a share of its CPU time."""
+    wall: list[float] = []
+    cpu: list[list[float]] = [[] for _ in programs]
+    others, used, end = _busy_seconds(), time.process_time(), time.perf_counter() + budget
+    began = time.perf_counter()
+    while not wall or time.perf_counter() < end:
+        for number, program in enumerate(programs):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            loss = program()
+            cpu[number].append(time.process_time() - cpu_start)
+            if number == 0:
+                wall.append(time.perf_counter() - start)
+    elapsed, used = time.perf_counter() - began, time.process_time() - used
+    answer = {"median": statistics.median(wall), "fastest": min(wall), "cpu": statistics.fmean(cpu[0]), "loss": loss}
+    answer["others"] = max(0.0, _busy_seconds() - others - used) / (elapsed * (os.cpu_count() or 1))
+    if len(programs) > 1:
+        answer["shares"] = [1 - without / with_it for with_it, without in zip(*cpu, strict=True)]
+    return answer
 
 
 def _busy_seconds() -> float:
@@ -308,7 +321,7 @@ def _measure(size: str, activation: str, arguments: argparse.Namespace) -> dict[
     """Runs rounds, in alternating order, until enough were quiet, and summarises those."""
     workers = _start_workers(size, activation, arguments)
     turns = [(worker, "step") for worker in workers]
-    turns.append(("ours", "no_statistics"))
+    turns.append(("ours", PAIRED))
     rounds: list[Round] = []
     disturbed, deadline = 0, time.monotonic() + arguments.patience
     try:
@@ -353,9 +366,8 @@ def _summary(size: str, rounds: list[Round], facts: dict[str, dict[str, Any]]) -
 
     peers = [name for name, (kind, _) in WORKERS.items() if kind == "peer"]
     peer = max(peers, key=rate)
-    statistics_share = statistics.median(
-        1 - round_["ours", "no_statistics"]["cpu"] / round_["ours", "step"]["cpu"] for round_ in rounds
-    )
+    shares = [share for round_ in rounds for share in round_["ours", PAIRED]["shares"]]
+    quartiles = statistics.quantiles(shares, n=4)
     flops, peak = facts["ours"]["flops_per_token"], facts["ours"]["peak_flops"]
     return {
         "tokens_per_second": rate("ours"),
@@ -368,35 +380,21 @@ def _summary(size: str, rounds: list[Round], facts: dict[str, dict[str, Any]]) -
         "cpu_ms_per_step": {w: 1e3 * over_rounds(w, "cpu") for w in facts},
         "share_of_measured_matmul_peak": {worker: rate(worker) * flops / peak for worker in facts},
         "measured_matmul_peak_gflops": peak / 1e9,
-        "penalty_and_statistics_share": statistics_share,
+        "penalty_and_statistics_share": quartiles[1],
+        "penalty_and_statistics_quartiles": [quartiles[0], quartiles[2]],
+        "penalty_and_statistics_pairs": len(shares),
         "config": config | {"parameters": facts[peer]["parameters"], "tokens_per_step": tokens, "dtype": "float32"},
     }
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """The commit that was measured, marked when files differ from it."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def _record(arguments: argparse.Namespace) -> dict[str, Any]:
     """All sizes and activations, with what is needed to run it again."""
+    from prosparse_jax.observe.provenance import provenance
+
     return {
         "what": "training step beside transformers LlamaForCausalLM + torch fused AdamW, float32, same CPU",
-        "device": {"name": _cpu_name(), "threads": arguments.threads},
-        "commit": _commit(),
-        "command": "python benchmarks/train_step.py " + " ".join(sys.argv[1:]),
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "torch", "transformers", "numpy")}
-        | {"python": platform.python_version()},
+        **provenance("jax", "flax", "optax", "torch", "transformers", "numpy"),
+        "threads": arguments.threads,
         "repeats": arguments.repeats,
         "seconds_per_turn": arguments.seconds,
         "load_average_before": os.getloadavg()[0],
@@ -434,7 +432,7 @@ def main() -> None:
             result = _measure(size, activation, arguments)
             # A size alone is Swish, LLaMA's own activation.
             name = size if activation == "swish" else f"{size} {activation}"
-            record["sizes"][name] = {"device": record["device"]["name"]} | result
+            record["sizes"][name] = {"device": record["machine"]["processor"]} | result
             print(
                 f"{size} {activation}: {result['tokens_per_second']:,.0f} tokens/s, "
                 f"peer {result['peer_tokens_per_second']:,.0f}, ratio {result['ratio']:.2f}",

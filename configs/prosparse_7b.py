@@ -13,20 +13,97 @@ from prosparse_jax.config import (
     DataConfig,
     LoggingConfig,
     OptimizerConfig,
+    SourceConfig,
     SparsityConfig,
     Stage,
     TrainingConfig,
 )
 from prosparse_jax.model.presets import LLAMA2_7B
 
+# The paper names these nine (appendix E) "and other collected corpora", but neither weights, templates, packing nor loss
+# masks: all of that is our choice. The weights give language modelling 70 % and instructions 30 % of the tokens.
+SOURCES = (
+    SourceConfig(
+        name="starcoder",
+        weight=0.20,
+        paths=("data/starcoder",),
+        records="starcoder",
+        where_to_get="https://huggingface.co/datasets/bigcode/starcoderdata (accept its terms; Parquet)",
+    ),
+    SourceConfig(
+        name="wikipedia",
+        weight=0.15,
+        paths=("data/wikipedia",),
+        records="wikipedia",
+        where_to_get="https://huggingface.co/datasets/wikimedia/wikipedia (Parquet)",
+    ),
+    SourceConfig(
+        name="pile",
+        weight=0.35,
+        paths=("data/pile",),
+        records="pile",
+        where_to_get="https://pile.eleuther.ai; where it is no longer offered, monology/pile-uncopyrighted on Hugging Face "
+        "has the same records (JSON Lines, zstd)",
+    ),
+    SourceConfig(
+        name="ultrachat",
+        weight=0.08,
+        paths=("data/ultrachat",),
+        records="ultrachat",
+        template="llama2_chat",
+        loss_on="response",
+        where_to_get="https://huggingface.co/datasets/openbmb/UltraChat (JSON Lines)",
+    ),
+    SourceConfig(
+        name="p3",
+        weight=0.06,
+        paths=("data/p3",),
+        records="p3",
+        loss_on="response",
+        where_to_get="https://huggingface.co/datasets/bigscience/P3 (the multiple-choice tasks, saved with save_to_disk)",
+    ),
+    SourceConfig(
+        name="paq",
+        weight=0.04,
+        paths=("data/paq",),
+        records="paq",
+        template="Question: {prompt}\nAnswer: {response}",
+        loss_on="response",
+        where_to_get="https://github.com/facebookresearch/PAQ (PAQ QA-pairs, JSON Lines)",
+    ),
+    SourceConfig(
+        name="unnatural_instructions",
+        weight=0.02,
+        paths=("data/unnatural_instructions",),
+        records="unnatural_instructions",
+        loss_on="response",
+        where_to_get="https://github.com/orhonovich/unnatural-instructions (core_data.jsonl)",
+    ),
+    SourceConfig(
+        name="flan",
+        weight=0.06,
+        paths=("data/flan",),
+        records="flan",
+        loss_on="response",
+        where_to_get="https://huggingface.co/datasets/Open-Orca/FLAN (Parquet)",
+    ),
+    SourceConfig(
+        name="super_natural_instructions",
+        weight=0.04,
+        paths=("data/super_natural_instructions",),
+        records="super_natural_instructions",
+        loss_on="response",
+        where_to_get="https://huggingface.co/datasets/Muennighoff/natural-instructions (JSON Lines)",
+    ),
+)
+
 
 def get_config() -> Config:
     return Config(
         name="prosparse_7b",
-        # Our choice of place: Llama-2-7B as Hugging Face has it, whose tokenizer is used, and the text to train on. The
-        # paper names its corpora but neither their shares nor their format.
+        # Our choice of place: Llama-2-7B as Hugging Face has it, whose tokenizer is used.
         init_from="checkpoints/llama-2-7b",
-        data=DataConfig(paths=("data/train",), validation_share=0.001),
+        data=DataConfig(sources=SOURCES, validation_share=0.001),
         model=dataclasses.replace(LLAMA2_7B, activation=ActivationConfig(name="relu")),
         sparsity=SparsityConfig(
             stages=(

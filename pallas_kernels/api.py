@@ -4,11 +4,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.down import down
-from pallas_kernels.fused_ffn import fused_ffn
+from pallas_kernels.fused_ffn import ROW_BLOCK, fused_ffn_counted
 from pallas_kernels.gate_up import gate_up
 from pallas_kernels.shapes import LARGEST_BATCH, union_share, weight_problems
 
@@ -50,6 +50,25 @@ def sparse_ffn(
         ValueError: An unknown implementation, or one that cannot run here.
         ShapeError: Arrays that do not fit together or that the kernels cannot take.
     """
+    options: Any = {"implementation": implementation, "active_share": active_share, "interpret": interpret}
+    return sparse_ffn_counted(x_BD, gate_FD, up_FD, down_FD, threshold, **options)[0].astype(x_BD.dtype)
+
+
+def sparse_ffn_counted(
+    x_BD: Float[Array, "B D"],
+    gate_FD: Float[Array, "F D"],
+    up_FD: Float[Array, "F D"],
+    down_FD: Float[Array, "F D"],
+    threshold: Float[Array, ""] | float,
+    *,
+    implementation: Implementation | None = None,
+    active_share: float = 0.11,
+    interpret: Any = None,
+) -> tuple[Float[Array, "B D"], Int[Array, "B"]]:
+    """What `sparse_ffn` computes, in float32, and how many neurons each token activates, which costs nothing more.
+
+    With F split over devices, both are to be summed over them.
+    """
     if implementation is None:
         implementation = choose(x_BD, gate_FD, up_FD, down_FD, active_share=active_share)
     if implementation not in get_args(Implementation):
@@ -58,9 +77,12 @@ def sparse_ffn(
         )
     t = jnp.asarray(threshold, jnp.float32)
     if implementation == "mosaic_gpu":
-        return _mosaic_gpu(x_BD, gate_FD, up_FD, down_FD, t, interpret).astype(x_BD.dtype)
-    compute = reference.gathered_ffn if implementation == "xla_gather" else reference.dense_ffn
-    return compute(x_BD, gate_FD, up_FD, down_FD, t).astype(x_BD.dtype)
+        return _mosaic_gpu(x_BD, gate_FD, up_FD, down_FD, t, interpret)
+    if implementation == "xla_gather":
+        gate_FB = reference.activated(reference.gate_products(x_BD, gate_FD), t, x_BD.dtype)
+        return reference.gathered_rows(x_BD, gate_FB, up_FD, down_FD), jnp.sum(gate_FB != 0, axis=0)
+    gate_FB = reference.activated(reference.matrix_products(x_BD, gate_FD), t, x_BD.dtype)
+    return reference.dense_rows(x_BD, gate_FB, up_FD, down_FD), jnp.sum(gate_FB != 0, axis=0)
 
 
 def choose(
@@ -69,23 +91,26 @@ def choose(
     """What `sparse_ffn` runs when none is named: the crossover in one place."""
     platform = jax.default_backend()
     union = union_share(active_share, x_BD.shape[0])
-    if union > LARGEST_SPARSE_SHARE.get(platform, LARGEST_SPARSE_SHARE["gpu"]) or x_BD.shape[0] > LARGEST_BATCH:
+    if union > LARGEST_SPARSE_SHARE.get(platform, 0) or x_BD.shape[0] > LARGEST_BATCH:
         return "xla_dense"
+    if platform == "cpu":
+        return "xla_gather"
+    # The gathering loop is many small kernels: on a GPU, what the kernels cannot take is better computed densely.
     weights = {"gate": gate_FD, "up": up_FD, "down": down_FD}
-    fits = not weight_problems(x_BD, weights, row_block=4)
-    return "mosaic_gpu" if platform == "gpu" and fits else "xla_gather"
+    return "xla_dense" if weight_problems(x_BD, weights, row_block=ROW_BLOCK) else "mosaic_gpu"
 
 
 def _mosaic_gpu(
     x_BD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_FD: jax.Array, threshold: jax.Array, interpret: Any
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     if interpret is None and jax.default_backend() != "gpu":
         raise ValueError(
             f"implementation=mosaic_gpu needs a GPU, this is a {jax.default_backend()}; use xla_gather, or interpret="
         )
     if x_BD.shape[0] == 1:
-        return fused_ffn(x_BD, gate_FD, up_FD, down_FD, threshold, interpret=interpret)
+        return fused_ffn_counted(x_BD, gate_FD, up_FD, down_FD, threshold, interpret=interpret)
     # The gate reads every row for every token: a plain product, which XLA gives to its tuned library.
     gate_FB = jnp.einsum("fd,bd->fb", gate_FD, x_BD, preferred_element_type=jnp.float32)
     x1_FB = gate_up(x_BD, gate_FB, up_FD, threshold, interpret=interpret)
-    return down(x1_FB, down_FD, interpret=interpret)
+    active_FB = reference.activated(gate_FB, threshold, x_BD.dtype) != 0
+    return down(x1_FB, down_FD, interpret=interpret), jnp.sum(active_FB, axis=0)

@@ -1,7 +1,8 @@
 """Times the steps of the gated FFN, dense and sparse, with weights that no cache holds when their turn comes.
 
-On a CPU every call is timed by itself, all programs taking turns. On a GPU one compiled loop of many calls is timed and
-divided by their number, so that no launch is waited for. Both give the median over rounds.
+On a CPU every call is timed by itself, all programs taking turns, and the fastest of the rounds counts: whatever else
+runs there only adds time. On a GPU one compiled loop of many calls is timed and divided by their number, so that no launch
+is waited for, and the median counts.
 """
 
 import functools
@@ -10,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +30,9 @@ SHAPES = {"7b": (4096, 11008), "13b": (5120, 13824), "1b": (1536, 3840), "toy": 
 STEPS = ("step1", "step2", "step3", "ffn")
 CALLS = 16
 """Different inputs that take turns, each with its own active neurons."""
-LARGEST_CACHE = 64e6
-"""Bytes: more than the last-level cache of an A100 (40 MB), an H100 (50 MB) and most CPUs' share for two cores."""
-ROUNDS, GPU_LOOPS = 21, 20
+SMALLEST_CACHE = 64_000_000
+"""Bytes taken for the last-level cache at least: more than an A100's (40 MB) or an H100's (50 MB)."""
+ROUNDS, GPU_LOOPS = 41, 10
 TORCH = "torch"
 SPINNING_SECONDS = 0.25
 """OpenMP threads, which torch uses, keep a core busy for so long after their last work."""
@@ -55,8 +57,8 @@ class Times:
 
     dense: Mapping[str, float]
     sparse: Mapping[str, float]
-    dense_torch: float | None
-    """The dense FFN in torch; None on a GPU and where torch is missing."""
+    dense_ffn_forms: Mapping[str, float]
+    """The dense FFN by what computes it: xla, and torch on a CPU that has it. The fastest is `dense["ffn"]`."""
     limit: Mapping[str, float]
     copy_bandwidth: float
     """Bytes per second, read and written."""
@@ -72,10 +74,13 @@ def random_masks(tokens: int, neurons: int, sparsity: float) -> Bool[np.ndarray,
 def make_calls(masks_NBF: Bool[np.ndarray, "N B F"], width: int, dtype: jnp.dtype) -> list[Call]:
     """N calls in which exactly the neurons of the masks are active with a threshold of 0.
 
-    There are at least two sets of weights, and so many that one matrix of each together is twice the largest cache.
+    On a GPU each has its own weights: a step may read a hundredth of a matrix, and all calls together have to read more
+    than a cache holds. On a CPU, where the programs take turns and clear the cache for each other, there are at least
+    two sets of weights, and so many that one matrix of each together is twice the last-level cache.
     """
     count, batch, neurons = masks_NBF.shape
-    sets = int(np.clip(np.ceil(2 * LARGEST_CACHE / (width * neurons * dtype.itemsize)), 2, count))
+    needed = np.ceil(2 * last_level_cache() / (width * neurons * dtype.itemsize))
+    sets = count if jax.default_backend() == "gpu" else int(np.clip(needed, 2, count))
     masks_TF = jnp.asarray(masks_NBF.reshape(count * batch, neurons))
     key, *keys = jax.random.split(jax.random.key(0), sets + 1)
     x_TD = _tokens(key, count * batch, width).astype(dtype)
@@ -87,6 +92,17 @@ def make_calls(masks_NBF: Bool[np.ndarray, "N B F"], width: int, dtype: jnp.dtyp
         x1_FB = jax.jit(reference.gathered_gate_up)(x_BD, gate_FB, up_FD, jnp.float32(0))
         calls.append(Call(x_BD, gate_FB, x1_FB, gate_FD, up_FD, down_FD))
     return calls
+
+
+def last_level_cache() -> int:
+    """Bytes that may stay in a cache from one call to the next."""
+    sizes = [SMALLEST_CACHE]
+    if jax.default_backend() == "cpu":
+        # Where Linux tells them, such as 32768K.
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+            number = path.read_text().strip().removesuffix("K")
+            sizes += [1024 * int(number)] if number.isdigit() else []
+    return max(sizes)
 
 
 def _tokens(key: jax.Array, tokens: int, width: int) -> Float[Array, "tokens D"]:
@@ -177,34 +193,50 @@ def named_programs(implementation: api.Implementation) -> dict[str, list[Functio
     }
 
 
-def measure(calls: Sequence[Call], implementation: api.Implementation, active_share: float) -> Times:
+def measure(
+    calls: Sequence[Call],
+    implementation: api.Implementation,
+    active_share: float,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Times:
     """Times everything; of several dense forms, the fastest counts.
 
     Args:
         active_share: Of the neurons, those active for any token of a call: what the limits are made from.
+        progress: Called with the number of timings done and their total.
     """
     programs = named_programs(implementation)
-    on_cpu = jax.default_backend() == "cpu"
-    with_torch = on_cpu and importlib.util.find_spec("torch") is not None
-    if with_torch:
+    if jax.default_backend() == "cpu" and importlib.util.find_spec("torch") is not None:
         programs[TORCH] = torch_programs(calls)
-    timed = {(name, form): function for name, forms in programs.items() for form, function in enumerate(forms)}
-    seconds = (turn_seconds if on_cpu else loop_seconds)(timed, calls)
-    fastest = {name: min(seconds[name, form] for form in range(len(forms))) for name, forms in programs.items()}
+    seconds = fastest_seconds(programs, calls, progress)
+    forms = {"xla": seconds["dense/ffn"]} | ({TORCH: seconds[TORCH]} if TORCH in seconds else {})
     neurons, width = calls[0].up_FD.shape
     bandwidth = copy_bandwidth()
     moved = ffn_bytes(width, neurons, calls[0].up_FD.dtype.itemsize, active_share)
     return Times(
-        dense={step: fastest[f"dense/{step}"] for step in STEPS},
-        sparse={step: fastest[f"sparse/{step}"] for step in STEPS[1:]},
-        dense_torch=fastest.get(TORCH),
+        dense={step: seconds[f"dense/{step}"] for step in STEPS} | {"ffn": min(forms.values())},
+        sparse={step: seconds[f"sparse/{step}"] for step in STEPS[1:]},
+        dense_ffn_forms=forms,
         limit={step: moved[step] / bandwidth for step in STEPS},
         copy_bandwidth=bandwidth,
     )
 
 
-def turn_seconds(programs: Mapping[tuple[str, int], Function], calls: Sequence[Call]) -> dict[tuple[str, int], float]:
-    """Median seconds of one call of each program; they take turns, so that all suffer alike from other processes."""
+def fastest_seconds(
+    programs: Mapping[str, Sequence[Function]],
+    calls: Sequence[Call],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Seconds of one call of each program in its fastest form."""
+    timed = {(name, form): function for name, forms in programs.items() for form, function in enumerate(forms)}
+    seconds = (_turns if jax.default_backend() == "cpu" else _loops)(timed, calls, progress)
+    return {name: min(seconds[name, form] for form in range(len(forms))) for name, forms in programs.items()}
+
+
+def _turns(
+    programs: Mapping[tuple[str, int], Function], calls: Sequence[Call], progress: Callable[[int, int], None]
+) -> dict[tuple[str, int], float]:
+    """Single calls; the programs take turns, so that all suffer alike from other processes."""
     seconds: dict[tuple[str, int], list[float]] = {name: [] for name in programs}
     # The first round compiles, the second warms up.
     for index in range(-2, ROUNDS):
@@ -215,14 +247,17 @@ def turn_seconds(programs: Mapping[tuple[str, int], Function], calls: Sequence[C
                 seconds[name].append(time.perf_counter() - start)
             if name[0] == TORCH:
                 time.sleep(SPINNING_SECONDS)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+        progress(index + 3, ROUNDS + 2)
+    return {name: min(taken) for name, taken in seconds.items()}
 
 
-def loop_seconds(programs: Mapping[tuple[str, int], Function], calls: Sequence[Call]) -> dict[tuple[str, int], float]:
-    """Median seconds of one call of each program, from a compiled loop over all calls."""
+def _loops(
+    programs: Mapping[tuple[str, int], Function], calls: Sequence[Call], progress: Callable[[int, int], None]
+) -> dict[tuple[str, int], float]:
+    """Compiled loops over all calls."""
     medians = {}
     for name, program in programs.items():
-        loop = jax.jit(functools.partial(_looped, program))
+        loop = looped(program)
         jax.block_until_ready(loop(calls))
         taken = []
         for _ in range(ROUNDS):
@@ -230,19 +265,29 @@ def loop_seconds(programs: Mapping[tuple[str, int], Function], calls: Sequence[C
             jax.block_until_ready(loop(calls))
             taken.append(time.perf_counter() - start)
         medians[name] = statistics.median(taken) / (GPU_LOOPS * len(calls))
+        progress(len(medians), len(programs))
     return medians
 
 
-def _looped(program: Function, calls: Sequence[Call]) -> jax.Array:
-    def all_calls(_: jax.Array, result: jax.Array) -> jax.Array:
-        for call in calls:
-            # Each call waits for the one before: nothing can be moved out of the loop, merged or left out.
-            held, _ = lax.optimization_barrier((call, result))
-            result = program(held)
-        return result
+@functools.cache
+def looped(program: Function) -> Function:
+    """A compiled function of calls that runs `program` on each, many times over, and gives the last result.
 
-    shape = jax.eval_shape(program, calls[0])
-    return lax.fori_loop(0, GPU_LOOPS, all_calls, jnp.zeros(shape.shape, shape.dtype))
+    Kept, so that a program that is timed with many patterns is compiled once.
+    """
+
+    def run(calls: Sequence[Call]) -> jax.Array:
+        def all_calls(_: jax.Array, result: jax.Array) -> jax.Array:
+            for call in calls:
+                # Each call waits for the one before: nothing can be moved out of the loop, merged or left out.
+                held, _ = lax.optimization_barrier((call, result))
+                result = program(held)
+            return result
+
+        shape = jax.eval_shape(program, calls[0])
+        return lax.fori_loop(0, GPU_LOOPS, all_calls, jnp.zeros(shape.shape, shape.dtype))
+
+    return jax.jit(run)
 
 
 def torch_programs(calls: Sequence[Call]) -> list[Function]:
@@ -262,17 +307,17 @@ def torch_programs(calls: Sequence[Call]) -> list[Function]:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second when a big array is overwritten in place."""
-    count = int(4 * LARGEST_CACHE) // 4
+    """Bytes read and written per second when an array that no cache holds is overwritten in place."""
+    # On a GPU so large that the milliseconds it takes leave nothing of the microseconds of a launch.
+    count = (2 * last_level_cache() if jax.default_backend() == "cpu" else 2**32) // 4
     overwrite = jax.jit(lambda array: array + 1, donate_argnums=0)
-    array = overwrite(jnp.zeros(count, jnp.float32))
+    array = jax.block_until_ready(overwrite(jnp.zeros(count, jnp.float32)))
     seconds = []
     for _ in range(ROUNDS):
-        jax.block_until_ready(array)
         start = time.perf_counter()
         array = jax.block_until_ready(overwrite(array))
         seconds.append(time.perf_counter() - start)
-    return 2 * 4 * count / statistics.median(seconds)
+    return 2 * 4 * count / min(seconds)
 
 
 def trace(calls: Sequence[Call], implementation: api.Implementation, directory: str, repeats: int = 3) -> None:
@@ -280,7 +325,10 @@ def trace(calls: Sequence[Call], implementation: api.Implementation, directory: 
     programs = {name: forms[0] for name, forms in named_programs(implementation).items()}
     for program in programs.values():
         jax.block_until_ready(program(calls[0]))
-    with jax.profiler.trace(directory):
+    options = jax.profiler.ProfileOptions()
+    # Python's own calls would bury the spans.
+    options.python_tracer_level = 0
+    with jax.profiler.trace(directory, profiler_options=options):
         for name, program in programs.items():
             for index in range(repeats):
                 with jax.profiler.TraceAnnotation(name):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.shapes import ShapeError, streaming_multiprocessors, vector_width, weight_problems
 
@@ -30,7 +30,21 @@ def fused_ffn(
     blocks: int | None = None,
     interpret: Any = None,
 ) -> Float[Array, "1 D"]:
-    """FFN(x) = (FATReLU(x gate^T) * x up^T) down, paper eq. 1 and 3, for one token; float32.
+    """The output of `fused_ffn_counted` without the count."""
+    return fused_ffn_counted(x_BD, gate_FD, up_FD, down_FD, threshold, blocks=blocks, interpret=interpret)[0]
+
+
+def fused_ffn_counted(
+    x_BD: Float[Array, "1 D"],
+    gate_FD: Float[Array, "F D"],
+    up_FD: Float[Array, "F D"],
+    down_FD: Float[Array, "F D"],
+    threshold: Float[Array, ""],
+    *,
+    blocks: int | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "1 D"], Int[Array, "1"]]:
+    """FFN(x) = (FATReLU(x gate^T) * x up^T) down, paper eq. 1 and 3, for one token; and how many neurons it activates.
 
     Args:
         x_BD: One token, bfloat16 or float16, like the weights.
@@ -38,6 +52,9 @@ def fused_ffn(
         threshold: t; a neuron is active where its gate product, rounded to x's dtype, is >= t and > 0.
         blocks: Thread blocks; by default three for each multiprocessor of the GPU at hand.
         interpret: plgpu.InterpretGPUParams to run without a GPU.
+
+    Returns:
+        The output in float32, and the number of active neurons.
 
     Raises:
         ShapeError: With everything that is wrong with the arrays.
@@ -53,7 +70,7 @@ def fused_ffn(
     blocks = min(blocks or BLOCKS_PER_SM * streaming_multiprocessors(), groups)
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector_width(width))
 
-    def body(x_ref, threshold_ref, gate_ref, up_ref, down_ref, partial_ref, x_shared):
+    def body(x_ref, threshold_ref, gate_ref, up_ref, down_ref, partial_ref, count_ref, x_shared):
         block = lax.axis_index("block")
         # In shared memory, since as float32 in registers it would halve the blocks that fit.
         x_shared[...] = plgpu.load(x_ref, layout=layout)
@@ -62,7 +79,8 @@ def fused_ffn(
         def token():
             return plgpu.load(x_shared, layout=layout).astype(jnp.float32)
 
-        def take_group(index, sum_D):
+        def take_group(index, carry):
+            sum_D, count = carry
             first = (block + index * blocks) * ROW_BLOCK
             x_D = token()
             rows = [plgpu.load(gate_ref.at[first + row], layout=layout) for row in range(ROW_BLOCK)]
@@ -77,21 +95,24 @@ def fused_ffn(
                     up = jnp.sum(up_D.astype(jnp.float32) * token())
                     return sum_D + down_D.astype(jnp.float32) * (up * gate)
 
-                active = (gate >= least) & (gate > 0)
-                sum_D = lax.cond(active, add_neuron, lambda sum_D: sum_D, sum_D)
-            return sum_D
+                inactive = (gate < least) | (gate <= 0)
+                # Asked this way round, so that a NaN gate adds NaN, as it does densely, and does not vanish.
+                sum_D = lax.cond(inactive, lambda sum_D: sum_D, add_neuron, sum_D)
+                count += jnp.logical_not(inactive).astype(jnp.int32)
+            return sum_D, count
 
         zeros_D = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
         own_groups = lax.div(groups - block + blocks - 1, blocks)
-        partial_ref[block] = lax.fori_loop(0, own_groups, take_group, zeros_D)
+        partial_ref[block], count_ref[block] = lax.fori_loop(0, own_groups, take_group, (zeros_D, jnp.int32(0)))
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((blocks, width), jnp.float32),
+        out_type=(jax.ShapeDtypeStruct((blocks, width), jnp.float32), jax.ShapeDtypeStruct((blocks,), jnp.int32)),
         grid=(blocks,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM((width,), x_BD.dtype)],
         interpret=interpret,
     )
     least = threshold.astype(x_BD.dtype).astype(jnp.float32).reshape(1)
-    return kernel(x_BD[0], least, gate_FD, up_FD, down_FD).sum(axis=0, keepdims=True)
+    partial_ND, count_N = kernel(x_BD[0], least, gate_FD, up_FD, down_FD)
+    return partial_ND.sum(axis=0, keepdims=True), count_N.sum(keepdims=True)

@@ -55,9 +55,9 @@ def gate_up(
 
         def take_neuron(neuron):
             gates = [gate_ref[neuron, token] for token in tokens]
-            active = gates[0] > 0
+            active = gates[0] != 0
             for gate in gates[1:]:
-                active = active | (gate > 0)
+                active = active | (gate != 0)
 
             def products():
                 up_D = plgpu.load(up_ref.at[neuron], layout=layout).astype(jnp.float32)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-GATHERED_ROWS = 64
-"""Active neurons that one iteration of the gathering loop takes: measured on a CPU, 32 to 256 are within a tenth."""
+GATHERED_ROWS = 256
+"""Active neurons that one iteration of the gathering loop takes: enough work for several threads, and few enough rows to
+stay in a cache between the copy that gathers them and the product. Measured on a CPU (docs/performance.md)."""
 
 
 def dense_ffn(
@@ -25,7 +26,13 @@ def dense_ffn(
         gate_FD, up_FD, down_FD: One row per neuron.
         threshold: t; a neuron is active where its gate product, rounded to x's dtype, is >= t and > 0.
     """
-    gate_FB = activated(matrix_products(x_BD, gate_FD), threshold, x_BD.dtype)
+    return dense_rows(x_BD, activated(matrix_products(x_BD, gate_FD), threshold, x_BD.dtype), up_FD, down_FD)
+
+
+def dense_rows(
+    x_BD: Float[Array, "B D"], gate_FB: Float[Array, "F B"], up_FD: Float[Array, "F D"], down_FD: Float[Array, "F D"]
+) -> Float[Array, "B D"]:
+    """Steps 2 and 3 together, from activated gate products; float32."""
     x1_FB = gate_FB * matrix_products(x_BD, up_FD)
     return jnp.einsum("fb,fd->bd", x1_FB.astype(x_BD.dtype), down_FD, preferred_element_type=jnp.float32)
 
@@ -39,14 +46,20 @@ def gathered_ffn(
 ) -> Float[Array, "B D"]:
     """The same, reading up and down rows only of neurons that are active for at least one token.
 
-    Their numbers are packed to the front, and a loop, as long as there are active ones, takes a few dozen at a time.
+    Their numbers are packed to the front, and a loop, as long as there are active ones, takes a few hundred at a time.
     """
-    gate_FB = activated(gate_products(x_BD, gate_FD), threshold, x_BD.dtype)
+    return gathered_rows(x_BD, activated(gate_products(x_BD, gate_FD), threshold, x_BD.dtype), up_FD, down_FD)
+
+
+def gathered_rows(
+    x_BD: Float[Array, "B D"], gate_FB: Float[Array, "F B"], up_FD: Float[Array, "F D"], down_FD: Float[Array, "F D"]
+) -> Float[Array, "B D"]:
+    """Steps 2 and 3 together, from activated gate products."""
 
     def take(rows_R: Int[Array, "R"], valid_R: Bool[Array, "R"], sum_BD: Float[Array, "B D"]) -> Float[Array, "B D"]:
         return sum_BD + _down_rows(_up_rows(x_BD, gate_FB, up_FD, rows_R, valid_R), down_FD, rows_R, x_BD.dtype)
 
-    return _over_active(jnp.any(gate_FB > 0, axis=1), take, x_BD.shape)
+    return _over_active(jnp.any(gate_FB != 0, axis=1), take, x_BD.shape)
 
 
 def gathered_gate_up(
@@ -60,7 +73,7 @@ def gathered_gate_up(
         x1_RB = _up_rows(x_BD, active_FB, up_FD, rows_R, valid_R)
         return x1_FB.at[jnp.where(valid_R, rows_R, neurons)].set(x1_RB, mode="drop")
 
-    return _over_active(jnp.any(active_FB > 0, axis=1), take, gate_FB.shape)
+    return _over_active(jnp.any(active_FB != 0, axis=1), take, gate_FB.shape)
 
 
 def gathered_down(x1_FB: Float[Array, "F B"], down_FD: Float[Array, "F D"]) -> Float[Array, "B D"]:
@@ -82,9 +95,9 @@ def gate_products(x_BD: Float[Array, "B D"], gate_FD: Float[Array, "F D"]) -> Fl
 
 
 def activated(gate: Float[Array, "..."], threshold: Float[Array, ""], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """FATReLU of gate products rounded to `dtype`, as float32: the value where it is >= t and > 0, else 0."""
+    """FATReLU of gate products rounded to `dtype`, as float32: 0 where it is < t or <= 0, else the value. NaN stays NaN."""
     rounded = gate.astype(dtype)
-    return jnp.where((rounded >= threshold.astype(dtype)) & (rounded > 0), rounded, 0).astype(jnp.float32)
+    return jnp.where((rounded < threshold.astype(dtype)) | (rounded <= 0), 0, rounded).astype(jnp.float32)
 
 
 def matrix_products(x_BD: Float[Array, "B D"], matrix_FD: Float[Array, "F D"]) -> Float[Array, "F B"]:
@@ -105,14 +118,20 @@ def _up_rows(
     valid_R: Bool[Array, "R"],
 ) -> Float[Array, "R B"]:
     """x1 of some neurons, 0 where not valid."""
-    return jnp.where(valid_R[:, None], gate_FB[rows_R], 0) * matrix_products(x_BD, up_FD[rows_R])
+    return jnp.where(valid_R[:, None], gate_FB[rows_R], 0) * matrix_products(x_BD, _gathered(up_FD, rows_R))
 
 
 def _down_rows(
     x1_RB: Float[Array, "R B"], down_FD: Float[Array, "F D"], rows_R: Int[Array, "R"], dtype: jnp.dtype
 ) -> Float[Array, "B D"]:
     """What some neurons add to the output."""
-    return jnp.einsum("rb,rd->bd", x1_RB.astype(dtype), down_FD[rows_R], preferred_element_type=jnp.float32)
+    # Gathered when x1 is there, not beside the up rows: the two together are too much for a core's cache.
+    x1_RB, rows_R = lax.optimization_barrier((x1_RB.astype(dtype), rows_R))
+    return jnp.einsum("rb,rd->bd", x1_RB, _gathered(down_FD, rows_R), preferred_element_type=jnp.float32)
+
+
+def _gathered(matrix_FD: Float[Array, "F D"], rows_R: Int[Array, "R"]) -> Float[Array, "R D"]:
+    return lax.optimization_barrier(matrix_FD.at[rows_R].get(mode="promise_in_bounds", wrap_negative_indices=False))
 
 
 def _over_active(
@@ -120,12 +139,14 @@ def _over_active(
 ) -> jax.Array:
     """Folds `take(rows, valid, result)` over the active neurons, `GATHERED_ROWS` at a time, from float32 zeros."""
     rows_F, count = _packed(active_F)
+    last = rows_F[jnp.maximum(count - 1, 0)]
 
     def take_rows(index: Int[Array, ""], result: jax.Array) -> jax.Array:
         places_R = index * GATHERED_ROWS + jnp.arange(GATHERED_ROWS)
         # The last iteration reaches beyond the active neurons; what it reads there must be a row that is read anyway.
-        rows_R = jnp.where(places_R < count, jnp.take(rows_F, places_R, mode="clip"), rows_F[0])
-        return take(rows_R, places_R < count, result)
+        rows_R = jnp.where(places_R < count, jnp.take(rows_F, places_R, mode="clip"), last)
+        # They are in order already. A loop without a sort, XLA's CPU compiler makes into one function for one thread.
+        return take(lax.sort(rows_R), places_R < count, result)
 
     iterations = lax.div(count + GATHERED_ROWS - 1, GATHERED_ROWS)
     # Made from the count: under shard_map it is each device's own, and so what starts here has to be.

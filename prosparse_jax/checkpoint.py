@@ -16,8 +16,8 @@ import json
 import logging
 import math
 import shutil
-import time
-from collections.abc import Awaitable, Iterator, Mapping
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,12 @@ import grain
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from prosparse_jax.errors import CheckpointError
+from prosparse_jax import checkpoint_integrity
+from prosparse_jax.checkpoint_position import restore_position
+from prosparse_jax.checkpoint_trees import abstract, describe, named_leaves, nest, stored_leaves
+from prosparse_jax.errors import CheckpointError, SaveError
+from prosparse_jax.observe.files import delete_directory
+from prosparse_jax.parallel import distributed
 
 PyTree = Any
 
@@ -37,7 +42,8 @@ _METADATA_BYTES = 1 << 20
 TABLE_CHUNK_BYTES = 64 * 2**20
 """Of an embedding table or head."""
 _SLOWEST_SAVE_SECONDS = 6 * 3600
-_DELETION_ATTEMPTS = 20
+_DAMAGED = ".damaged"
+"""Appended to the name of a checkpoint that was found damaged: it no longer counts, and stays to be looked at."""
 _ROOM_FIX = "Free space there, lower checkpoint.keep, or choose another run_directory."
 
 
@@ -112,25 +118,30 @@ def _orbax(failure: str) -> Iterator[None]:
 class CheckpointStore:
     """The checkpoints of one run; a context manager. Only the process that trains may open one.
 
-    Opening removes what a killed process left unfinished. Saves run in the background, one at a time. After each, all
-    but the `keep` newest checkpoints are deleted; until then the disk holds one more.
+    Opening removes what a killed process left unfinished. Saves run in the background, one at a time. After each, the
+    sizes and checksums of its files are recorded, and all but the `keep` newest checkpoints are deleted; until then the
+    disk holds one more.
 
     Args:
         directory: Created if missing.
         keep: At least 1.
+        keep_every: Checkpoints of its multiples are never deleted; 0: all but the newest are.
 
     Raises:
         CheckpointError: The directory cannot be created.
     """
 
-    def __init__(self, directory: Path, *, keep: int):
+    def __init__(self, directory: Path, *, keep: int, keep_every: int = 0):
         assert keep >= 1, keep
         self.directory = directory.absolute()
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            # A directory that is there may still be one that nothing can be written to.
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
         except OSError as error:
-            raise CheckpointError(f"cannot create the checkpoint directory {self.directory}: {error}") from error
+            raise CheckpointError(f"cannot write to the checkpoint directory {self.directory}: {error}") from error
         self._remove_unfinished()
         # Its thread is joined at exit, so even a script that forgets `close` ends with its last save on disk.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -150,6 +161,50 @@ class CheckpointStore:
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; one that is still being written does not count."""
         return max(_steps(self.directory), default=None)
+
+    def newest_step_until(self, step: int) -> int | None:
+        """Step of the newest complete checkpoint up to `step`, or None."""
+        return max((saved for saved in _steps(self.directory) if saved <= step), default=None)
+
+    def newest_sound_step(self, say: Callable[[str], None]) -> int | None:
+        """Step of the newest checkpoint whose files are those that were written; None if there is no checkpoint.
+
+        Reads all of it. A damaged one is renamed to `<step>.damaged`, as `say` is told, and the one before is looked at.
+        One process calls it. Raises CheckpointError when there are checkpoints and all are damaged.
+        """
+        steps = sorted(_steps(self.directory), reverse=True)
+        for step in steps:
+            checkpoint = self.directory / str(step)
+            if not (found := self._damage(checkpoint, say)):
+                return step
+            aside = checkpoint.with_name(f"{step}{_DAMAGED}")
+            delete_directory(aside)
+            checkpoint.rename(aside)
+            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            say(f"warning: the checkpoint of step {step} is damaged: {found[0]}{more}; it is now {aside}")
+        if steps:
+            raise CheckpointError(
+                f"every checkpoint in {self.directory} is damaged; all are kept there as <step>{_DAMAGED}. Check the "
+                "disk, and start anew in another run_directory"
+            )
+        return None
+
+    def _damage(self, checkpoint: Path, say: Callable[[str], None]) -> list[str]:
+        if checkpoint_integrity.has_manifest(checkpoint):
+            return checkpoint_integrity.damage(checkpoint)
+        try:
+            _stored_shapes(checkpoint, ["parameters", "optimizer"])  # Only other loads wait for all processes.
+        except CheckpointError as error:
+            return [str(error)]
+        say(f"note: {checkpoint} has no checksums (killed right after the save, or of an older version): not checked")
+        return []
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps. One process calls it, while no save is under way."""
+        for later in _steps(self.directory):
+            if later > step:
+                (self.directory / str(later)).rename(self.directory / f"{later}{_UNFINISHED}")
+        self._remove_unfinished()
 
     def save(
         self,
@@ -175,7 +230,8 @@ class CheckpointStore:
             assets: Contents of the files to keep beside the weights, by name.
 
         Raises:
-            CheckpointError: The previous save failed, there is not enough room, or a step this high is there already.
+            SaveError: The previous save failed (ask `wait` before), or there is not enough room.
+            CheckpointError: A step this high is there already.
         """
         self.wait()
         latest = self.latest_step()
@@ -184,8 +240,10 @@ class CheckpointStore:
                 f"{self.directory} already holds a checkpoint of step {latest}, so step {step} cannot be saved there. "
                 "Continue from it, or choose another run_directory."
             )
-        arrays = nest(_stored_leaves({"parameters": parameters, "optimizer": optimizer}))
-        _check_room(self.directory, arrays, config, assets)
+        arrays = nest(stored_leaves({"parameters": parameters, "optimizer": optimizer}))
+        # Before Orbax begins, since its processes then wait for each other.
+        with distributed.together("make room for a checkpoint"):
+            _check_room(self.directory, arrays, config, assets)
         with self._reporting_failure(step):
             response = ocp.save_checkpointables_async(
                 str(self.directory / str(step)),
@@ -194,14 +252,15 @@ class CheckpointStore:
         self._pending = self._executor.submit(self._finish, step, response)
 
     def restore(
-        self, step: int, *, parameters: PyTree, optimizer: PyTree, data_iterator: grain.DatasetIterator
+        self, step: int, *, parameters: PyTree, optimizer: PyTree, data_iterator: grain.DatasetIterator | None
     ) -> tuple[PyTree, PyTree]:
         """Loads a checkpoint to continue from it, onto any mesh; sets `data_iterator` to the stored position.
 
         Args:
             step: One that `latest_step` has given.
             parameters, optimizer: Trees of jax.ShapeDtypeStruct with shardings, or of arrays to take those from.
-            data_iterator: Of the same pipeline as the stored one. Changed only after all arrays are loaded.
+            data_iterator: Of the same pipeline as the stored one. Changed only after all arrays are loaded. None
+                leaves the data where it is.
 
         Returns:
             Parameters and optimizer state, bit for bit as saved.
@@ -213,15 +272,15 @@ class CheckpointStore:
             raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; it has {sorted(steps)}")
         checkpoint = self.directory / str(step)
         loaded = _load(checkpoint, {"parameters": parameters, "optimizer": optimizer})
-        with _orbax(f"the data position in {checkpoint} does not fit this data pipeline or number of processes"):
-            ocp.load_checkpointables(str(checkpoint), {"data": data_iterator})
+        if data_iterator is not None:
+            restore_position(checkpoint, data_iterator)
         return loaded["parameters"], loaded["optimizer"]
 
     def wait(self) -> None:
         """Waits for the save that is under way, if any.
 
         Raises:
-            CheckpointError: It failed. Reported once; earlier checkpoints are untouched.
+            SaveError: It failed. Reported once; earlier checkpoints are untouched.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -238,8 +297,12 @@ class CheckpointStore:
         with self._reporting_failure(step):
             response.result()
         if jax.process_index() == 0:
+            with self._reporting_failure(step):
+                checkpoint_integrity.write_manifest(self.directory / str(step))
             with _orbax(f"old checkpoints in {self.directory} could not be deleted"):
                 for old in sorted(_steps(self.directory))[: -self._keep]:
+                    if self._keep_every and old % self._keep_every == 0:
+                        continue
                     # Renamed first: a process killed while it deletes must not leave half of what looks complete.
                     (self.directory / str(old)).rename(self.directory / f"{old}{_UNFINISHED}")
             self._remove_unfinished()
@@ -253,12 +316,17 @@ class CheckpointStore:
             self._remove_unfinished()
             latest = self.latest_step()
             complete = "there is no complete one yet" if latest is None else f"that of step {latest} is complete"
-            raise CheckpointError(f"{error}\n{complete}. {_ROOM_FIX}") from error.__cause__
+            raise SaveError(f"{error}\n{complete}. {_ROOM_FIX}") from error.__cause__
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
             for path in self.directory.glob(f"*{_UNFINISHED}*"):
-                _delete(path)
+                delete_directory(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is one complete checkpoint, not a directory that holds some."""
+    return _UNFINISHED not in path.name and (path / "parameters").is_dir() and (path / "config").is_dir()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -271,7 +339,7 @@ def find_checkpoint(path: Path) -> Path:
     path = path.absolute()
     if not path.exists():
         raise FileNotFoundError(f"no such run or checkpoint directory: {path}")
-    if _UNFINISHED not in path.name and (path / "parameters").is_dir() and (path / "config").is_dir():
+    if is_checkpoint(path):
         return path
     for directory in (path / "checkpoints", path):
         if steps := _steps(directory):
@@ -317,14 +385,14 @@ def write_inference_checkpoint(
     directory = directory.absolute()
     if directory.exists():
         raise CheckpointError(f"{directory} is there already; delete it or choose another directory")
-    arrays = nest(_stored_leaves({"parameters": parameters}))
+    arrays = nest(stored_leaves({"parameters": parameters}))
     with _orbax(f"the checkpoint {directory} could not be written"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         _check_room(directory.parent, arrays, config, assets)
         try:
             ocp.save_checkpointables(str(directory), {**arrays, "config": config, "assets": _Files(assets)})
         except BaseException:
-            _delete(Path(f"{directory}{_UNFINISHED}"))
+            delete_directory(Path(f"{directory}{_UNFINISHED}"))
             raise
 
 
@@ -334,45 +402,15 @@ def _steps(directory: Path) -> list[int]:
     return [int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()]
 
 
-def _delete(directory: Path) -> None:
-    """Deletes a directory that threads of a failed save may still be writing to."""
-    for _ in range(_DELETION_ATTEMPTS):
-        shutil.rmtree(directory, ignore_errors=True)
-        time.sleep(0.1)  # For a write that was under way: it makes its directory anew.
-        if not directory.exists():
-            return
-
-
 def _check_room(directory: Path, arrays: PyTree, config: dict, assets: Mapping[str, bytes]) -> None:
     array_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
     needed = array_bytes + len(json.dumps(config)) + sum(map(len, assets.values())) + _METADATA_BYTES
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise CheckpointError(
+        raise SaveError(
             f"no room for a checkpoint in {directory}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are "
             f"free. {_ROOM_FIX}"
         )
-
-
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their path, such as "layers/ffn/gate"."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _stored_leaves(tree: PyTree) -> dict[str, Any]:
-    return {name: leaf for name, leaf in named_leaves(tree).items() if leaf.size}
-
-
-def nest(leaves: dict[str, Any]) -> dict:
-    """Nested dicts of named leaves. They are what is stored: no namedtuple, list or empty node can then differ."""
-    tree: dict = {}
-    for name, leaf in leaves.items():
-        *parents, last = name.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = leaf
-    return tree
 
 
 def _stored_shapes(checkpoint: Path, kinds: list[str]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -386,10 +424,10 @@ def _stored_shapes(checkpoint: Path, kinds: list[str]) -> dict[str, jax.ShapeDty
 
 def _load(checkpoint: Path, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
     stored = _stored_shapes(checkpoint, list(wanted))
-    wanted = jax.tree.map(_abstract, wanted)
-    wanted_stored = _stored_leaves(wanted)
-    stored_text = {name: _describe(leaf) for name, leaf in stored.items()}
-    wanted_text = {name: _describe(leaf) for name, leaf in wanted_stored.items()}
+    wanted = jax.tree.map(abstract, wanted)
+    wanted_stored = stored_leaves(wanted)
+    stored_text = {name: describe(leaf) for name, leaf in stored.items()}
+    wanted_text = {name: describe(leaf) for name, leaf in wanted_stored.items()}
     differences = [
         f"  - {name}: stored {stored_text.get(name, 'nothing')}, wanted {wanted_text.get(name, 'nothing')}"
         for name in sorted(stored_text | wanted_text)
@@ -405,15 +443,3 @@ def _load(checkpoint: Path, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
         for name, leaf in named_leaves(wanted).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    # Orbax takes the stored sharding where none is given, which is wrong on any other machine, and warns about it.
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _describe(leaf: jax.ShapeDtypeStruct) -> str:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

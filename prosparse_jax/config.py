@@ -132,16 +132,65 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of the mixture: where its records are, how one becomes a document, and its share of the tokens."""
+
+    name: str
+    weight: float = 1.0
+    """Share of the real tokens of the mixture, relative to the other sources'."""
+    paths: tuple[str, ...] = ()
+    """JSON Lines, Parquet, ArrayRecord or text files (.gz and .zst too), folders of them, saved `datasets` directories;
+    local, or URLs such as gs://bucket/folder and s3://bucket/folder."""
+    records: str = "text"
+    """What a record is: text, prompt_response, chat (fields below), or a published data set by its name
+    (prosparse_jax/data/records.py)."""
+    text_field: str = "text"
+    """text: the field that holds the document."""
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    turns_field: str = "messages"
+    """chat: a list of {"role", "content"}, or of strings that alternate between user and assistant."""
+    id_field: str = ""
+    """A field that names the record: it decides the split, and no two may be the same. Empty: named by file and line."""
+    template: str = "plain"
+    """How a prompt and its response become text: plain, llama2_chat, or a text with {prompt} and {response} in it."""
+    loss_on: Literal["all", "response"] = "all"
+    """Which tokens count in the loss: all, or those of the responses and the EOS after them."""
+    where_to_get: str = ""
+    """Told to a user whose paths are missing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     paths: tuple[str, ...] = ()
-    """JSON Lines files, text files or folders of them. Empty: the Python standard library of this interpreter."""
+    """The simple form of `sources`, used instead of them where it is given: JSON Lines files, text files or folders of
+    them, as one source. Neither: the Python standard library of this interpreter."""
     text_field: str = "text"
-    """Field of a JSON Lines record that holds the document."""
+    """Field of a JSON Lines record of `paths` that holds the document."""
+    sources: tuple[SourceConfig, ...] = ()
+    """The mixture."""
+    prepared: str = ""
+    """A directory that scripts/prepare_data.py made of these sources: tokens are read from it, the text is not needed."""
     tokenizer: str = ""
-    """A tokenizer.json or a folder that holds one. Empty: that of init_from, or without init_from a byte-level BPE of the
-    model's vocabulary size, trained once on the training documents."""
+    """A tokenizer.json or a folder that holds one. Empty: that of init_from, or without init_from that of `prepared`, or
+    a byte-level BPE of the model's vocabulary size, trained once on the training documents."""
+    bos: Literal["tokenizer", "always", "never"] = "tokenizer"
+    """Whether a document begins with the BOS token. tokenizer: as its own post-processor has it."""
+    eos: Literal["tokenizer", "always", "never"] = "tokenizer"
+    """Whether a document ends with the EOS token. tokenizer: where it has one."""
+    packing: Literal["concat_then_split", "best_fit"] = "concat_then_split"
+    """concat_then_split: sequences are cut from the documents one after another. best_fit: whole documents are put
+    together so that little padding remains; only those longer than a sequence are cut."""
+    document_masks: bool = False
+    """Attention stays inside a document, and positions begin anew in each."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """skip: records and files that cannot be used are left out, counted, and reported."""
+    on_topology_change: Literal["refuse", "reseed"] = "refuse"
+    """When a run is resumed by another number of processes. reseed: the order of the data begins anew."""
+    prefetch: int = 2
+    """Batches that a thread of its own makes ahead. 0: each is made when it is wanted."""
     validation_share: float = 0.05
     """Share of the documents (by name, not at random) that is held out."""
     cache_directory: str = ""
@@ -165,6 +214,30 @@ class CheckpointConfig:
     """Optimizer steps between saves."""
     keep: int = 2
     """The newest ones that stay on disk."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this stay for good. 0: none does."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SurvivalConfig:
+    """What the run does about trouble (docs/faults.md). Losses and skipped updates are looked at on log lines only."""
+
+    max_bad_updates: int = 50
+    """After this many updates in a row whose loss or gradient was not finite, the run is in trouble."""
+    spike_sigma: float = 8.0
+    """A logged loss this many robust standard deviations (and at least as many percent) above the median of the last
+    `spike_window` log lines is a spike. 0: none is."""
+    spike_window: int = 50
+    """Log lines that a loss is compared with; half of them must be there before anything is called a spike."""
+    on_trouble: Literal["stop", "rollback"] = "stop"
+    """stop: bad updates end the run with the numbers of their batches, spikes are only reported. rollback: either takes
+    the state back to the newest checkpoint of healthier times, and goes on with the batches after those of the trouble."""
+    max_rollbacks: int = 3
+    """After so many rollbacks in one run, further trouble stops it."""
+    loader_patience_seconds: float = 120.0
+    """A batch that takes longer than this is reported, with what the loader is waiting for."""
+    grace_seconds: float = 600.0
+    """A run that is asked to stop and has not saved and ended after this long ends at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,6 +251,10 @@ class LoggingConfig:
     evaluation_sequences: int = 192
     """Held-out sequences of one validation pass."""
     tensorboard: bool = True
+    profile_start: int = 0
+    """Step after which a profile is recorded into <run>/profile. 0: none, until the process gets SIGUSR1."""
+    profile_steps: int = 3
+    """Optimizer steps in one profile."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,3 +276,4 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    survival: SurvivalConfig = SurvivalConfig()

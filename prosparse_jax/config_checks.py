@@ -5,7 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prosparse_jax.activations import ACTIVATIONS
-from prosparse_jax.config import Config, ModelConfig
+from prosparse_jax.config import Config, DataConfig, ModelConfig, SourceConfig
+from prosparse_jax.config_types import type_problems
+from prosparse_jax.data.documents import SIMPLE_SOURCE
+from prosparse_jax.data.files import is_url
+from prosparse_jax.data.records import FORMATS
+from prosparse_jax.data.templates import LLAMA2_CHAT, PLAIN, template_problem
+from prosparse_jax.data.tokenizer import PREPARED_TOKENIZER
 from prosparse_jax.errors import ConfigError
 from prosparse_jax.parallel.mesh import mesh_shape
 
@@ -119,12 +125,84 @@ def _training(config: Config) -> Iterator[str]:
             value = getattr(getattr(config, section), name)
             if value < 1:
                 yield f"{section}.{name}={value} must be at least 1"
-    if not 0 < config.data.validation_share < 1:
-        yield f"data.validation_share={config.data.validation_share} must be between 0 and 1"
+    yield from _survival(config)
     if not 0 <= config.seed < 2**32:
         yield f"seed={config.seed} must be in [0, 2**32): it also orders the data, with a 32-bit generator"
     if config.name in ("", ".", "..") or "/" in config.name:
         yield f"name={config.name!r} must be a non-empty name without slashes; it names the run's directory"
+
+
+def _survival(config: Config) -> Iterator[str]:
+    least = {
+        "checkpoint.keep_every": 0,
+        "logging.profile_start": 0,
+        "logging.profile_steps": 1,
+        "survival.max_bad_updates": 1,
+        "survival.spike_sigma": 0,
+        "survival.spike_window": 4,
+        "survival.max_rollbacks": 0,
+    }
+    for name, lowest in least.items():
+        section, field = name.split(".")
+        value = getattr(getattr(config, section), field)
+        if not value >= lowest:
+            yield f"{name}={value} must be at least {lowest}"
+    for field in ("loader_patience_seconds", "grace_seconds"):
+        if not getattr(config.survival, field) > 0:
+            yield f"survival.{field}={getattr(config.survival, field)} must be positive"
+
+
+def processes_problems(config: Config, device_count: int, process_count: int) -> list[str]:
+    """What is wrong with training `config` in several processes: each must hold an equal part of mesh and batch."""
+    if process_count == 1:
+        return []
+    found = []
+    data, fsdp = mesh_shape(config.mesh, device_count)
+    if data * fsdp != device_count:
+        found.append(
+            f"mesh.data={data} x mesh.fsdp={fsdp} uses {data * fsdp} of the {device_count} devices of {process_count} "
+            "processes; with several processes the mesh must hold all devices (mesh.fsdp=-1), or start fewer processes"
+        )
+    micro_batch = config.training.sequences_per_step // max(config.training.microbatches, 1)
+    if micro_batch % process_count:
+        found.append(
+            f"a micro-batch of {micro_batch} sequences does not split over {process_count} processes; make "
+            f"training.sequences_per_step / training.microbatches a multiple of {process_count}"
+        )
+    return found
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    if not 0 < data.validation_share < 1:
+        yield f"data.validation_share={data.validation_share} must be between 0 and 1"
+    if data.prefetch < 0:
+        yield f"data.prefetch={data.prefetch} must be a number of batches, or 0"
+    names = [source.name for source in data.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.sources has {names.count(name)} sources named {name!r}; give each a name of its own"
+    for index, source in enumerate(data.sources):
+        yield from (f"data.sources.{index}.{problem}" for problem in _source(source))
+
+
+def _source(source: SourceConfig) -> Iterator[str]:
+    if source.name in ("", ".", "..", PREPARED_TOKENIZER, SIMPLE_SOURCE) or "/" in source.name:
+        yield (
+            f"name={source.name!r} must be a non-empty name without slashes, and neither {PREPARED_TOKENIZER!r} nor "
+            f"{SIMPLE_SOURCE!r}; it names a folder"
+        )
+    if not 0 < source.weight < math.inf:
+        yield f"weight={source.weight} must be positive and finite; leave out a source that is not wanted"
+    if not source.paths:
+        yield "paths is empty; give the files or folders of the source"
+    if source.records not in FORMATS:
+        yield f"records={source.records!r} is unknown; choose one of {', '.join(FORMATS)}"
+    elif not FORMATS[source.records].has_responses:
+        if source.loss_on == "response":
+            yield f"loss_on='response', but records={source.records!r} have no responses; set loss_on to 'all'"
+        if source.template != PLAIN:
+            yield f"template={source.template!r} does nothing: records={source.records!r} are texts; leave it {PLAIN!r}"
+    elif problem := template_problem(source.template):
+        yield f"template={source.template!r} {problem}; or choose {PLAIN} or {LLAMA2_CHAT}"
 
 
 def _mesh(config: Config, device_count: int) -> Iterator[str]:
@@ -167,11 +245,15 @@ def problems(config: Config, device_count: int | None = None) -> list[str]:
 
     With `device_count`, also whether the mesh can be made of that many devices and divides what it must.
     """
+    if mistyped := [*type_problems(config)]:
+        # The other rules would trip over them.
+        return mistyped
     found = [
         *model_problems(config.model),
         *_sparsity(config),
         *_optimizer(config),
         *_training(config),
+        *_data(config.data),
     ]
     if device_count is not None:
         found.extend(_mesh(config, device_count))
@@ -188,18 +270,31 @@ def _stages_warnings(config: Config) -> Iterator[str]:
 
 
 def missing_files(config: Config) -> list[str]:
-    """Places that the config names and that are not there."""
+    """Places that the config names and that are not there. URLs are left to those who open them."""
+    data = config.data
+    # Prepared tokens need no text, and `paths` stand in for the sources.
     named = {
         "init_from": (config.init_from,),
-        "data.paths": config.data.paths,
-        "data.tokenizer": (config.data.tokenizer,),
+        "data.prepared": (data.prepared,),
+        "data.paths": () if data.prepared else data.paths,
+        "data.tokenizer": (data.tokenizer,),
     }
-    return [
+    missing = [
         f"{field}={path!r} does not exist; give it with --{field.replace('_', '-')}"
         for field, paths in named.items()
         for path in paths
-        if path and not Path(path).expanduser().exists()
+        if path and not _is_there(path)
     ]
+    for index, source in enumerate(() if data.prepared or data.paths else data.sources):
+        for path in source.paths:
+            if not _is_there(path):
+                get = f" Where to get it: {source.where_to_get}" if source.where_to_get else ""
+                missing.append(f"data.sources.{index}.paths={path!r} (source {source.name!r}) does not exist.{get}")
+    return missing
+
+
+def _is_there(path: str) -> bool:
+    return is_url(path) or Path(path).expanduser().exists()
 
 
 def warnings(config: Config) -> list[str]:

@@ -33,15 +33,27 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, of another model, or that could not be written."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written. What was saved before is untouched."""
+
+
+class TroubleError(ValueError):
+    """A run that had to stop: its updates are no longer finite, or its loss spikes again and again."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """The devices have too little memory for the run."""
+
+
 class PlanError(ValueError):
     """A training step that cannot be compiled ahead of time."""
 
 
 # No room, over a quota or a file-size limit, a read-only file system.
-_STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 USER_ERRORS = (
-    ConfigError, DataError, RecordError, CheckpointError, PlanError,
+    ConfigError, DataError, RecordError, CheckpointError, TroubleError, OutOfMemoryError, PlanError,
     FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
 )  # fmt: skip
 
@@ -64,7 +76,7 @@ def _run_reporting_errors(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
     except OSError as error:
-        if error.errno not in _STORAGE_ERRNOS:
+        if error.errno not in STORAGE_ERRNOS:
             raise
         fix = "Make room and run it again (training: with --resume)"
         print(f"error: nothing more can be written: {error}. {fix}", file=sys.stderr)

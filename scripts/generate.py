@@ -5,7 +5,7 @@
 
 By default the most likely token is taken each time; with a temperature, tokens are drawn. The text appears as it is
 made; after it one line says how fast that was and how sparse the activations were. A ReLU or FATReLU model skips what
-its inactive neurons would compute.
+its inactive neurons would compute. More in docs/generate.md.
 """
 
 import argparse
@@ -38,29 +38,27 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="sparse: skip inactive neurons; dense: compute all; auto: whichever should be faster (default)",
     )
+    parser.add_argument("--devices", type=int, default=1, help="GPUs to split the model over (default 1)")
     return parser
 
 
 def main() -> None:
     arguments = _parser().parse_args()
 
-    from prosparse_jax.data.tokenizer import tokenizer_from_files
-    from prosparse_jax.inference.engine import Engine, check_request
-    from prosparse_jax.inference.sampling import Sampling
-    from prosparse_jax.inference.text import encode_prompts, stop_tokens, summary, write_texts
-    from prosparse_jax.interop.sources import open_source
+    from prosparse_jax.inference.request import prepare
+    from prosparse_jax.inference.text import summary, write_texts
     from prosparse_jax.runtime import prepare_runtime
 
     prepare_runtime()
-    sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, seed=arguments.seed)
-    source = open_source(arguments.checkpoint)
-    tokenizer = tokenizer_from_files(source.assets, str(source.location))
-    prompts = encode_prompts(tokenizer, arguments.prompt)
-    stop = stop_tokens(source, tokenizer)
-    # Said before the weights are read, which takes a while, not after it.
-    check_request(source.model, prompts, arguments.max_new_tokens)
-    generation = Engine(source, ffn=arguments.ffn).generate(
-        prompts, max_new_tokens=arguments.max_new_tokens, sampling=sampling, stop=stop
+    tokenizer, generation = prepare(
+        arguments.checkpoint,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        ffn=arguments.ffn,
+        devices=arguments.devices,
     )
 
     def write(text: str) -> None:

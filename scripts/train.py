@@ -2,6 +2,9 @@
 
 Any field of the config can be overridden, for example `--optimizer.peak-lr 1e-4 --training.steps 200`; put `--help`
 after `--config FILE` to see all of them with their values. Without --config the tiny demo runs, on a CPU, in minutes.
+
+Exit codes: 0 done, or stopped by Ctrl-C or SIGTERM and saved; 2 something to mend, which the message names; 130 stopped
+before there was anything to save. Several processes, SLURM and Kubernetes: docs/cluster.md.
 """
 
 import argparse
@@ -9,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from prosparse_jax.errors import EXIT_INTERRUPTED, run_script
+from prosparse_jax.errors import run_script
 
 
 def main() -> None:
@@ -28,15 +31,19 @@ def main() -> None:
     config = load_config(arguments.config, overrides, prog="train.py")
 
     # After the config is known to be readable: importing JAX takes seconds.
+    from prosparse_jax.parallel import distributed
     from prosparse_jax.runtime import prepare_runtime
     from prosparse_jax.training.trainer import train
 
     prepare_runtime()
+    distributed.connect()
     result = train(config, resume=arguments.resume)
+    if not distributed.is_first():
+        return
     if result.interrupted:
         again = shlex.join(["python", *sys.argv, *([] if arguments.resume else ["--resume"])])
         print(f"stopped at step {result.step}, {'saved' if result.step else 'nothing to save'}; continue with: {again}")
-        raise SystemExit(EXIT_INTERRUPTED)
+        return
     print(f"done: {result.directory}/summary.json, plots in {result.directory}/plots")
 
 

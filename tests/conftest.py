@@ -2,11 +2,15 @@
 
 import contextlib
 import os
+import signal
 
 # Eight devices, so that sharding is tested on a machine with one CPU. Set JAX_PLATFORMS to run the tests marked gpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A test run in the background ignores Ctrl-C, and so would every process that it starts; a handler is not inherited.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

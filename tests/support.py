@@ -18,6 +18,7 @@ from prosparse_jax.config import (
     SparsityConfig,
     TrainingConfig,
 )
+from prosparse_jax.model.attention import Documents
 from prosparse_jax.model.transformer import RunOptions, activation_parameters
 from prosparse_jax.training.setup import Program, build_program
 from prosparse_jax.training.state import TrainState, abstract_model, initial_state
@@ -65,31 +66,42 @@ def random_weights(shapes: Any, seed: int = 0) -> Any:
 
 
 def random_batch(config: Config, seed: int = 0, *, padding: bool = True) -> dict[str, np.ndarray]:
-    """Tokens of one step, (sequences, T). With `padding`, sequences end at random places, one of them at the start."""
+    """Tokens of one step, (sequences, T), all targets counted. With `padding`, sequences end at random places, one of
+    them at the start."""
     rng = np.random.default_rng(seed)
     shape = (config.training.sequences_per_step, config.training.sequence_length)
     lengths = rng.integers(1, shape[1] + 1, shape[0])
     lengths[1] = 0
+    mask = np.arange(shape[1])[None, :] < lengths[:, None] if padding else np.ones(shape, bool)
     return {
         "inputs": rng.integers(0, config.model.vocab_size, shape).astype(np.int32),
         "targets": rng.integers(0, config.model.vocab_size, shape).astype(np.int32),
-        "mask": np.arange(shape[1])[None, :] < lengths[:, None] if padding else np.ones(shape, bool),
+        "mask": mask,
+        "loss_mask": mask,
+        "source": np.zeros(shape[:1], np.int32),
     }
 
 
 def forward(
-    config: Config, weights: Any, tokens: np.ndarray, mask: np.ndarray | None = None, options=None, count_neurons=False
+    config: Config,
+    weights: Any,
+    tokens: np.ndarray,
+    mask: np.ndarray | None = None,
+    options=None,
+    count_neurons=False,
+    documents: Documents | None = None,
 ):
     """Logits and statistics of the model under the current mesh."""
     options = RunOptions() if options is None else options
     graphdef, _ = abstract_model(config, options)
 
-    def run(weights, tokens, mask, parameters):
-        return nnx.merge(graphdef, weights)(tokens, mask, parameters, count_neurons=count_neurons)
+    def run(weights, tokens, mask, parameters, documents):
+        model = nnx.merge(graphdef, weights)
+        return model(tokens, mask, parameters, documents=documents, count_neurons=count_neurons)
 
     mask = np.ones(tokens.shape, np.float32) if mask is None else mask.astype(np.float32)
     compiled = jax.jit(run, compiler_options=FAST_COMPILE)
-    return compiled(weights, jnp.asarray(tokens), jnp.asarray(mask), activation_parameters(config.model))
+    return compiled(weights, jnp.asarray(tokens), jnp.asarray(mask), activation_parameters(config.model), documents)
 
 
 @functools.cache

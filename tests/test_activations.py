@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from prosparse_jax.activations import ACTIVATIONS
-from prosparse_jax.config import ActivationConfig
+from prosparse_jax.config import ActivationConfig, ModelConfig
+from prosparse_jax.interop.hf_config import unfit
 from prosparse_jax.model.transformer import activation_parameters
 from tests import numpy_llama
 from tests.support import SMALL, forward, model_weights, small_config
@@ -110,3 +111,9 @@ def test_a_tuple_gives_each_layer_its_own_threshold(mesh):
         expected = numpy_llama.forward(config.model, weights, tokens).intermediates
         np.testing.assert_array_equal(counts[-1], numpy_llama.nonzero_per_layer(expected, np.ones(tokens.shape)))
     assert not np.array_equal(*counts)
+
+
+@pytest.mark.parametrize("family", ["llama", "sparsellama", "minicpm"])
+def test_an_activation_that_hugging_face_does_not_know_is_not_exported(family):
+    model = ModelConfig(activation=ActivationConfig(name="relu2"))
+    assert unfit(model, family) == ["the activation relu2 has no name in Hugging Face's configs; no format holds it"]

@@ -22,8 +22,10 @@ import pytest
 
 import prosparse_jax.checkpoint as ck
 from prosparse_jax.checkpoint_pieces import CheckpointReader
+from prosparse_jax.config import DataConfig
 from prosparse_jax.data.loader import training_iterator
 from prosparse_jax.errors import CheckpointError
+from tests.token_sources import token_source
 
 TOKENS = np.random.default_rng(0).integers(0, 2**16, 1000).astype(np.uint16)
 # What JSON and text files like to change: escapes, line ends, characters outside the first plane, no final newline.
@@ -34,7 +36,9 @@ State = namedtuple("State", "step adam key")
 
 
 def batches(*, taken=0, seed=3):
-    iterator = training_iterator(TOKENS, sequence_length=8, batch_size=4, seed=seed)
+    iterator = training_iterator(
+        [token_source(TOKENS)], DataConfig(prefetch=0), sequence_length=8, batch_size=4, seed=seed
+    )
     for _ in range(taken):
         next(iterator)
     return iterator

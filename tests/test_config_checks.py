@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from prosparse_jax import config_checks
-from prosparse_jax.config import ActivationConfig, Config, RopeScaling, Stage
+from prosparse_jax.config import ActivationConfig, Config, DataConfig, RopeScaling, SourceConfig, Stage
 from prosparse_jax.errors import ConfigError
 from tests.support import SMALL, small_config
 
@@ -24,6 +24,11 @@ def act(name: str, parameter: float | tuple[float, ...] = 0.0) -> dict[str, Any]
 
 def rope(**fields: Any) -> dict[str, Any]:
     return {"model": {"rope_scaling": RopeScaling(**fields)}}
+
+
+def sources(*changes: dict[str, Any]) -> dict[str, Any]:
+    plain = {"name": "web", "paths": ("web.jsonl",)}
+    return {"data": {"sources": tuple(SourceConfig(**plain | changed) for changed in changes)}}
 
 
 # One broken rule each: what is changed in a config that works, and what the one message must say.
@@ -73,6 +78,17 @@ RULES: list[tuple[dict[str, Any], str]] = [
     *[({"logging": {name: 0}}, rf"logging\.{name}=0 must be at least 1")
       for name in ("every", "evaluate_every", "evaluation_sequences")],
     *[({"checkpoint": {name: 0}}, rf"checkpoint\.{name}=0 must be at least 1") for name in ("every", "keep")],
+    ({"data": {"prefetch": -1}}, r"data\.prefetch=-1 must be a number of batches, or 0"),
+    (sources({}, {}), r"data\.sources has 2 sources named 'web'; give each a name of its own"),
+    *[(sources({"name": name}), rf"data\.sources\.0\.name='{name}' must be a non-empty name without slashes")
+      for name in ("", "a/b", "tokenizer", "text")],
+    *[(sources({"weight": value}), rf"data\.sources\.0\.weight={value} must be positive and finite")
+      for value in (0.0, -1.0, INF, NAN)],
+    (sources({"paths": ()}), r"data\.sources\.0\.paths is empty; give the files"),
+    (sources({"records": "paq2"}), r"data\.sources\.0\.records='paq2' is unknown; choose one of text, .*paq"),
+    (sources({"loss_on": "response"}), r"loss_on='response', but records='text' have no responses; set loss_on"),
+    (sources({"template": "llama2_chat"}), r"template='llama2_chat' does nothing: records='text' are texts"),
+    (sources({"records": "paq", "template": "{prompt}"}), r"template='\{prompt\}' has the fields \['prompt'\], where"),
     *[({"data": {"validation_share": value}}, rf"data\.validation_share={value} must be between 0 and 1")
       for value in (0.0, 1.0, NAN)],
 ]  # fmt: skip
@@ -174,5 +190,56 @@ def test_files_that_are_not_there_are_listed_together(tmp_path):
     assert all("--init-from" in line or "--data." in line for line in found)
 
 
+# Values that only a recipe file can hold: on a command line they are refused while it is read.
+MISTYPED: list[tuple[dict[str, Any], str]] = [
+    ({"sparsity": {"reduction": "sum"}}, "sparsity.reduction='sum' must be one of paper, mean, token_sum"),
+    ({"optimizer": {"schedule": "linear"}}, "optimizer.schedule='linear' must be one of cosine, wsd"),
+    (rope(kind="yarn", factor=2.0), "model.rope_scaling.kind='yarn' must be one of none, linear, llama3"),
+    ({"training": {"remat": "foo"}}, "training.remat='foo' must be one of none, full, attention"),
+    ({"training": {"attention": "flash"}}, "training.attention='flash' must be one of auto, xla, cudnn"),
+    ({"training": {"compute_dtype": "bf16"}}, "training.compute_dtype='bf16' must be one of auto, bfloat16, float32"),
+    ({"training": {"steps": "60"}}, "training.steps='60' must be a whole number"),
+    ({"training": {"steps": True}}, "training.steps=True must be a whole number"),
+    ({"training": {"steps": 1.5}}, "training.steps=1.5 must be a whole number"),
+    ({"optimizer": {"peak_lr": "0.1"}}, "optimizer.peak_lr='0.1' must be a number"),
+    ({"model": {"activation": "relu"}}, "model.activation='relu' must be a ActivationConfig"),
+    ({"model": {"tie_embeddings": 1}}, "model.tie_embeddings=1 must be True or False"),
+    ({"data": {"paths": "text/"}}, "data.paths='text/' must be a tuple, each a text in quotes"),
+    (act("fatrelu", [0.1, 0.2]), "model.activation.parameter=[0.1, 0.2] must be a number or a tuple, each a number"),
+    ({"sparsity": {"stages": (Stage(peak="0.1", end_step=3),)}}, "sparsity.stages.0.peak='0.1' must be a number"),
+    ({"sparsity": {"stages": ((0.1, 3),)}}, "sparsity.stages.0=(0.1, 3) must be a Stage"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTYPED, ids=[message for _, message in MISTYPED])
+def test_a_recipe_with_a_value_of_another_type_or_no_choice_is_refused(changes, message):
+    (problem,) = config_checks.problems(small_config(**changes))
+    assert problem.startswith(message)
+
+
+def test_all_mistyped_values_are_listed_and_whole_numbers_may_stand_for_others():
+    changes = {"training": {"steps": "60", "remat": "foo"}, "optimizer": {"peak_lr": 1}}
+    assert len(config_checks.problems(small_config(**changes))) == 2
+
+
 def test_defaults_have_no_problem():
     assert config_checks.problems(Config(name="defaults"), 8) == []
+
+
+def test_a_source_that_is_missing_says_where_to_get_it():
+    data = DataConfig(
+        sources=(
+            SourceConfig(name="web", paths=("no/web",), where_to_get="https://example.org/web"),
+            SourceConfig(name="cloud", paths=("gs://bucket/web",)),
+        )
+    )
+    missing = config_checks.missing_files(dataclasses.replace(SMALL, data=data))
+    assert missing == [
+        "data.sources.0.paths='no/web' (source 'web') does not exist. Where to get it: https://example.org/web"
+    ]
+    # Paths stand in for the sources, and prepared tokens need no text at all.
+    for instead in ({"paths": ("no/text",)}, {"prepared": "no/tokens", "paths": ("no/text",)}):
+        changed = dataclasses.replace(SMALL, data=dataclasses.replace(data, **instead))
+        (name,) = instead if len(instead) == 1 else ("prepared",)
+        (found,) = config_checks.missing_files(changed)
+        assert found.startswith(f"data.{name}=")

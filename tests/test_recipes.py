@@ -4,13 +4,15 @@ The published tables stand here as data, apart from the recipes.
 """
 
 import dataclasses
+import json
 
 import jax
 import pytest
 
 from prosparse_jax import config_checks
 from prosparse_jax.config import Config
-from prosparse_jax.config_io import RECIPES, load_recipe
+from prosparse_jax.config_io import RECIPES, config_from_dict, config_to_dict, load_config, load_recipe
+from prosparse_jax.data.sources import source_names
 from prosparse_jax.training.setup import build_program
 
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
@@ -60,6 +62,12 @@ def test_a_recipe_has_its_own_name_and_no_problem_on_eight_devices(name):
     assert recipe(name).name == name
     assert config_checks.problems(recipe(name), 8) == []
     assert config_checks.warnings(recipe(name)) == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_recipe_comes_back_from_the_json_that_a_run_keeps(name):
+    stored = json.loads(json.dumps(config_to_dict(recipe(name))))
+    assert config_from_dict(stored, source="a run") == recipe(name)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -119,3 +127,25 @@ def test_every_step_traces_for_eight_devices_without_making_a_weight(name):
         assert count == PARAMETERS[name]
     # Constants of the trace may stay alive; the smallest of these models has a million weights.
     assert sum(array.size for array in jax.live_arrays()) - before < 10_000
+
+
+def test_the_mixture_names_the_nine_sources_of_the_paper():
+    # Appendix E, without "other collected corpora".
+    language = {"starcoder", "wikipedia", "pile"}
+    instructions = {"ultrachat", "p3", "paq", "unnatural_instructions", "flan", "super_natural_instructions"}
+    sources = {source.name: source for source in recipe("prosparse_7b").data.sources}
+    assert sources.keys() == language | instructions
+    # Each with the adapter of its own published format, and a place to get it from.
+    assert all(source.records == name and "https://" in source.where_to_get for name, source in sources.items())
+    assert {name for name, source in sources.items() if source.loss_on == "response"} == instructions
+    assert sum(source.weight for source in sources.values()) == pytest.approx(1.0)
+    missing = config_checks.missing_files(recipe("prosparse_7b"))
+    assert sum("Where to get it: https://" in line for line in missing) == 9
+
+
+def test_text_of_ones_own_replaces_the_mixture():
+    config = load_config(RECIPES / "prosparse_7b.py", ["--data.paths", "mine"])
+    assert source_names(config.data) == ("text",)
+    heavier = load_config(RECIPES / "prosparse_7b.py", ["--data.sources.2.weight", "0.5"])
+    assert [source.weight for source in heavier.data.sources][:3] == [0.2, 0.15, 0.5]
+    assert source_names(heavier.data)[2] == "pile"

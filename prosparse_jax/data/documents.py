@@ -3,17 +3,24 @@
 import hashlib
 from typing import NamedTuple
 
+SIMPLE_SOURCE = "text"
+"""The name of the one source that `data.paths` or the embedded corpus makes."""
+
 
 class Document(NamedTuple):
     """One text of the corpus.
 
     name: stable identity, such as `books/dune.txt` or `web.jsonl:17`; it alone decides the split.
     size: bytes of the source that this document stands for, which is what a progress bar counts.
+    responses: ranges of characters (begin, end) whose tokens count in the loss; None where all do.
+    cuts: characters at which EOS and BOS stand, between the exchanges of a conversation.
     """
 
     name: str
     text: str
     size: int
+    responses: tuple[tuple[int, int], ...] | None = None
+    cuts: tuple[int, ...] = ()
 
 
 def stable_fraction(name: str) -> float:

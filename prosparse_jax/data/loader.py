@@ -1,157 +1,271 @@
-"""Fixed-length sequences from a flat array of tokens: the endless training order and the fixed validation batches."""
+"""Batches: the endless training order, whose place a checkpoint holds, and the fixed validation batches."""
 
+import json
+import logging
 import zlib
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from prosparse_jax.config import DataConfig
+from prosparse_jax.data.mixture import Interleaving, sequence_weights
+from prosparse_jax.data.packing import Example, Packed, examples_without_text, pack
+from prosparse_jax.data.token_cache import TokenizedSource
 from prosparse_jax.errors import DataError
 
+_log = logging.getLogger(__name__)
+
 Batch = dict[str, np.ndarray]
-"""inputs (B, T) int32; targets (B, T) int32, the inputs shifted by one; mask (B, T) bool, False on padding."""
-
-# Tokens that go into the check that a checkpoint continues on the same data.
-_SAMPLED_TOKENS = 2**16
-
-
-class PackedSequences:
-    """Item i covers the tokens i*T ... i*T + T: T inputs and, one further, T targets.
-
-    Documents follow each other without padding, so that every token but the very first is a target once; less than a
-    sequence is dropped at the end.
-
-    Args:
-      tokens: (any number,) of an unsigned integer type.
-      sequence_length: T.
-    """
-
-    def __init__(self, tokens: np.ndarray, sequence_length: int):
-        self._tokens = tokens
-        self._length = sequence_length
-
-    def __len__(self) -> int:
-        return max(len(self._tokens) - 1, 0) // self._length
-
-    def __getitem__(self, index: int) -> Batch:
-        """inputs (T,) int32, targets (T,) int32, mask (T,) bool, all True."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        begin = int(index) * self._length
-        window = np.asarray(self._tokens[begin : begin + self._length + 1]).astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:], "mask": np.ones(self._length, bool)}
+"""What `packing.Example` names, with a leading axis of B sequences."""
 
 
 class TrainingDataset(grain.IterDataset):
-    """Endless batches: each epoch visits every sequence once, in an order of its own that the seed decides.
+    """Endless batches of the mixture, each a pure function of the seed, its number and the processes.
 
-    The state of its iterator counts batches and says what they are counted in, so that it continues exactly, or not
-    at all where tokens, sequence length, batch size or seed have changed.
+    Every sequence is of one source. Sources take turns so that their real tokens come in the proportion of the weights;
+    each visits all its sequences once an epoch, in an order of its own for every epoch.
+
+    The state of its iterator says which batch comes next and what batches are counted in, so that it continues exactly, or
+    not at all where tokens, weights, packing, sequence length, batch size or seed have changed.
 
     Args:
-      tokens: (any number,) token ids of the training split.
+      sources: at least one.
+      data: packing, document masks, prefetching, and what happens when the number of processes has changed.
       sequence_length: T.
-      batch_size: B. A batch may hold the end of one epoch and the beginning of the next.
+      batch_size: sequences of one step over all processes.
       seed: any integer from 0 to 2**32 - 1.
+      process_index, process_count: this process gets every process_count-th sequence of a step.
 
     Raises:
-      DataError: fewer sequences than one batch.
+      DataError: fewer sequences than one batch, or a source without any.
     """
 
-    def __init__(self, tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int):
-        sequences = PackedSequences(tokens, sequence_length)
-        _require_one_batch("train", sequences, tokens, sequence_length, batch_size)
-        ordered = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat()
-        # No threads: the tokens are mapped memory, and the cores belong to the model.
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        super().__init__(ordered.batch(batch_size, drop_remainder=True).to_iter_dataset(options))
-        self._counted_in = {
-            "tokens": len(tokens),
-            "tokens_checksum": _sample_checksum(tokens),
+    def __init__(
+        self,
+        sources: Sequence[TokenizedSource],
+        data: DataConfig,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        super().__init__()
+        assert batch_size % process_count == 0, (batch_size, process_count)
+        self.batch_size, self.first_seed, self.process_count = batch_size, seed, process_count
+        self.reseeds = data.on_topology_change == "reseed"
+        self._process_index, self._prefetch = process_index, data.prefetch
+        self.names = tuple(source.name for source in sources)
+        self.packed = [
+            pack(source.train, data, source=index, sequence_length=sequence_length, seed=_seed_of(seed, source.name))
+            for index, source in enumerate(sources)
+        ]
+        _require_sequences("train", sources, self.packed, sequence_length, batch_size)
+        rates = [packed.real_tokens / len(packed) for packed in self.packed]
+        weights = sequence_weights([source.weight for source in sources], rates)
+        self.interleaving = Interleaving(weights)
+        self.counted_in = {
             "sequence_length": sequence_length,
             "batch_size": batch_size,
             "seed": seed,
+            "packing": data.packing,
+            "document_masks": data.document_masks,
         }
+        for source, weight in zip(sources, weights, strict=True):
+            self.counted_in |= {
+                f"tokens of {source.name}": len(source.train.tokens),
+                f"checksum of {source.name}": source.train.checksum,
+                f"weight of {source.name}": weight,
+            }
 
-    def __iter__(self) -> "_TrainingIterator":
-        return _TrainingIterator(iter(self._parent), self._counted_in)
+    def __iter__(self) -> "TrainingIterator":
+        return TrainingIterator(self)
+
+    def ordered(self, order_seed: int) -> grain.DatasetIterator[Batch]:
+        """The batches of this process in the order that a seed makes, from the first one on."""
+        sequences = [
+            grain.MapDataset.source(packed).seed(_seed_of(order_seed, name)).shuffle().repeat()
+            for packed, name in zip(self.packed, self.names, strict=True)
+        ]
+        mixed = grain.MapDataset.select_from_datasets(sequences, self.interleaving)
+        mine = mixed[self._process_index :: self.process_count]
+        batches = mine.batch(self.batch_size // self.process_count, drop_remainder=True)
+        threads = 1 if self._prefetch else 0
+        return iter(
+            batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch))
+        )
 
 
-class _TrainingIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, counted_in: dict[str, int]):
-        super().__init__(parent)
-        self._counted_in = counted_in
+class TrainingIterator(grain.DatasetIterator):
+    """Iterates over a `TrainingDataset`. Its state is the same in all processes."""
+
+    def __init__(self, dataset: TrainingDataset):
+        super().__init__()
+        self._dataset = dataset
+        self._order_seed = dataset.first_seed
+        self._batches = self._in_order = 0
+        self._inner = dataset.ordered(dataset.first_seed)
 
     def __next__(self) -> Batch:
-        return next(self._parent)
+        batch = next(self._inner)
+        self._batches += 1
+        self._in_order += 1
+        return batch
+
+    def epochs(self) -> dict[str, float]:
+        """How often every source has been visited so far: 1.5 is one and a half times.
+
+        After a change of processes that began a new order, counted from there.
+        """
+        counts = self._dataset.interleaving.counts(self._in_order * self._dataset.batch_size)
+        lengths = map(len, self._dataset.packed)
+        return {name: n / length for name, n, length in zip(self._dataset.names, counts, lengths, strict=True)}
 
     def get_state(self) -> dict[str, Any]:
-        return {"position": self._parent.get_state(), "counted_in": dict(self._counted_in)}
+        return {
+            "batches": self._batches,
+            "batches_in_order": self._in_order,
+            "order_seed": self._order_seed,
+            "position": self._inner.get_state(),
+            "processes": self._dataset.process_count,
+            "counted_in": dict(self._dataset.counted_in),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         saved = state["counted_in"]
         changed = [
-            f"{key} is {value}, was {saved.get(key)}"
-            for key, value in self._counted_in.items()
-            if saved.get(key) != value
+            f"{key} is {self._dataset.counted_in.get(key)}, was {saved.get(key)}"
+            for key in dict.fromkeys([*saved, *self._dataset.counted_in])
+            if saved.get(key) != self._dataset.counted_in.get(key)
         ]
         if changed:
             raise DataError(
                 f"the checkpoint's place in the training data does not fit this run: {'; '.join(changed)}. "
                 "Set it back to continue exactly, or start a new run from the checkpoint's weights with init_from."
             )
-        self._parent.set_state(state["position"])
+        self._batches = state["batches"]
+        if state["processes"] != self._dataset.process_count:
+            self._begin_new_order(state)
+            return
+        self._order_seed, self._in_order = state["order_seed"], state["batches_in_order"]
+        self._inner = self._dataset.ordered(self._order_seed)
+        self._inner.set_state(state["position"])
+
+    def _begin_new_order(self, state: dict[str, Any]) -> None:
+        now, before = self._dataset.process_count, state["processes"]
+        lost = (
+            "the order of the data begins anew: sequences that this epoch has visited may come again before the others, and "
+            "epochs are counted from here"
+        )
+        if not self._dataset.reseeds:
+            raise DataError(
+                f"the checkpoint was written by {before} processes, and this run has {now}. Use {before} to continue "
+                f'exactly, or set data.on_topology_change="reseed": then {lost}.'
+            )
+        _log.warning("the run continues with %d processes instead of %d: %s", now, before, lost)
+        # Depends on where the run was, or a second change would repeat the first order.
+        self._order_seed = _seed_of(state["order_seed"], f"after {self._batches} batches, {now} processes")
+        self._in_order = 0
+        self._inner = self._dataset.ordered(self._order_seed)
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        """As Orbax asks; reads what another number of processes has written too."""
+
+        async def read() -> None:
+            files = sorted(directory.glob("process_*-of-*.json"))
+            if not files:
+                raise DataError(f"{directory} does not hold the place of a run in its data")
+            self.set_state(json.loads(files[0].read_text()))
+
+        return read()
 
 
 def training_iterator(
-    tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int
-) -> grain.DatasetIterator[Batch]:
+    sources: Sequence[TokenizedSource],
+    data: DataConfig,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainingIterator:
     """Iterator of `TrainingDataset`: endless batches, with a state that Orbax saves and restores.
 
     Raises:
-      DataError: fewer sequences than one batch. From `set_state`: the state is of other tokens, another sequence
-        length, batch size or seed; Orbax wraps it, as the `__cause__` of an error of its own.
+      DataError: fewer sequences than one batch. From `set_state`: the state is of other data or another seed, or (with
+        data.on_topology_change="refuse") of another number of processes; Orbax wraps it, as the `__cause__` of an error of
+        its own.
     """
-    return iter(TrainingDataset(tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed))
+    dataset = TrainingDataset(
+        sources, data, sequence_length=sequence_length, batch_size=batch_size, seed=seed,
+        process_index=process_index, process_count=process_count,
+    )  # fmt: skip
+    return iter(dataset)
 
 
-def validation_batches(tokens: np.ndarray, *, sequence_length: int, batch_size: int, sequences: int) -> list[Batch]:
-    """The same held-out sequences every time, spread evenly over the split.
+def validation_batches(
+    sources: Sequence[TokenizedSource], data: DataConfig, *, sequence_length: int, batch_size: int, sequences: int
+) -> dict[str, list[Batch]]:
+    """The same held-out sequences of every source every time, spread evenly over its split.
 
     Args:
-      tokens: (any number,) token ids of the validation split.
+      sources: their weights divide `sequences`, and each with held-out text gets at least one.
+      data: packing and document masks.
       sequence_length: T.
-      batch_size: B; the last batch is filled up with sequences of zeros whose mask is False.
-      sequences: how many are wanted; all there are where the split has fewer.
+      batch_size: B; the last batch of a source is filled up with sequences of zeros whose mask is False.
+      sequences: how many are wanted in all; of a source with fewer, all.
+
+    Returns:
+      Batches by name of the source, in the order of `sources`; none for one without held-out text.
 
     Raises:
-      DataError: fewer sequences than one batch.
+      DataError: fewer sequences than one batch in all sources together.
     """
-    source = PackedSequences(tokens, sequence_length)
-    _require_one_batch("validation", source, tokens, sequence_length, batch_size)
-    count = min(sequences, len(source))
-    chosen = [source[i * len(source) // count] for i in range(count)]
-    padding = {key: np.zeros_like(value) for key, value in chosen[0].items()}
-    chosen += [padding] * (-count % batch_size)
+    packed = [
+        pack(source.validation, data, source=index, sequence_length=sequence_length, seed=0)
+        for index, source in enumerate(sources)
+    ]
+    _require_sequences("validation", sources, packed, sequence_length, batch_size)
+    weights = [source.weight if len(held_out) else 0.0 for source, held_out in zip(sources, packed, strict=True)]
+    result = {}
+    for source, held_out, weight in zip(sources, packed, weights, strict=True):
+        wanted = max(1, round(sequences * weight / sum(weights)))
+        count = min(wanted, len(held_out))
+        chosen = [held_out[i * len(held_out) // count] for i in range(count)]
+        result[source.name] = _batches(chosen, batch_size)
+    return result
+
+
+def _batches(chosen: list[Example], batch_size: int) -> list[Batch]:
+    if not chosen:
+        return []
+    filled = [*chosen, *examples_without_text(chosen[0], -len(chosen) % batch_size)]
     return [
-        {key: np.stack([item[key] for item in chosen[begin : begin + batch_size]]) for key in padding}
-        for begin in range(0, len(chosen), batch_size)
+        {key: np.stack([example[key] for example in filled[begin : begin + batch_size]]) for key in chosen[0]}
+        for begin in range(0, len(filled), batch_size)
     ]
 
 
-def _require_one_batch(
-    split: str, sequences: PackedSequences, tokens: np.ndarray, sequence_length: int, batch_size: int
+def _require_sequences(
+    split: str, sources: Sequence[TokenizedSource], packed: Sequence[Packed], sequence_length: int, batch_size: int
 ) -> None:
-    if len(sequences) < batch_size:
-        more = " or raise data.validation_share" if split == "validation" else ""
+    found = sum(map(len, packed))
+    tokens = sum(len(getattr(source, split).tokens) for source in sources)
+    more = " or raise data.validation_share" if split == "validation" else ""
+    if found < batch_size:
         raise DataError(
-            f"the {split} split has {len(tokens)} tokens, which make {len(sequences)} sequences of {sequence_length} "
-            f"where a batch needs {batch_size}. Give more text{more}, or lower training.sequence_length or "
-            "training.sequences_per_step."
+            f"the {split} split has {tokens} tokens, which make {found} sequences of {sequence_length} where a batch needs "
+            f"{batch_size}. Give more text{more}, or lower training.sequence_length or training.sequences_per_step."
         )
+    for source, sequences in zip(sources, packed, strict=True):
+        if split == "train" and not len(sequences):
+            raise DataError(f"the source {source.name!r} has no tokens to train on. Give more text, or leave it out.")
 
 
-def _sample_checksum(tokens: np.ndarray) -> int:
-    """Changes with nearly every change of the tokens, in a time that does not grow with them."""
-    stride = max(1, len(tokens) // _SAMPLED_TOKENS)
-    return zlib.crc32(np.ascontiguousarray(tokens[::stride]).tobytes())
+def _seed_of(seed: int, name: str) -> int:
+    """A 32-bit seed for each name; neighbouring seeds have nothing to do with each other."""
+    return zlib.crc32(f"{seed} {name}".encode())

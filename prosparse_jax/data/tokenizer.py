@@ -25,6 +25,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """All that Hugging Face tokenizers are made of. Only the first three are read here; all are kept."""
 
+PREPARED_TOKENIZER = "tokenizer"
+"""Folder of a prepared directory that holds the tokenizer of its tokens."""
+
 # Merges hardly change with more text than this, while training time grows with it.
 TRAINING_BYTES = 128 * 2**20
 
@@ -79,6 +82,10 @@ class TextTokenizer:
         """Token ids of each text."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """As `encode_batch`, with the characters (begin, end) of every token as `offsets`; slower."""
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of some token ids."""
@@ -138,6 +145,8 @@ def load_or_train_tokenizer(data: DataConfig, vocab_size: int) -> TextTokenizer:
                 "data.tokenizer empty to train one of the model's size."
             )
         return tokenizer
+    if data.prepared:
+        return load_tokenizer(Path(data.prepared).expanduser() / PREPARED_TOKENIZER)
     least = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocab_size < least:
         raise DataError(

@@ -1,5 +1,9 @@
 """Tables for people."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from rich.table import Table
 
 from prosparse_jax.evaluation.threshold_shift import ThresholdShift
@@ -23,7 +27,7 @@ def sweep_table(shift: ThresholdShift) -> Table:
         title=f"Threshold sweep on {shift.tokens:,} held-out tokens",
         caption=f"> largest threshold with a perplexity (ppl) rise of at most {shift.budget:g} %",
     )
-    for name in ("t", "sparsity %", "ppl", "rise %", *(f"layer {index}" for index in layers)):
+    for name in ("t", "sparsity %", "ppl", "rise %", *(f"L{index}" for index in layers)):
         table.add_column(name, justify="right", no_wrap=True)
     for row in shift.rows:
         chosen = row is shift.chosen
@@ -34,5 +38,32 @@ def sweep_table(shift: ThresholdShift) -> Table:
             f"{perplexity_rise(shift.rows, row):+.2f}",
             *(f"{100 * row.sparsity_per_layer[index]:.1f}" for index in layers),
             style="bold" if chosen else None,
+        )
+    return table
+
+
+def source_table(whole: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Sparsity, loss and perplexity on held-out text, of all of it and of each source: table 8 of the paper has the
+    sparsity.
+
+    `whole` and each of `rows`, by source: `sparsity` (0 to 1), `loss`, `perplexity`, `tokens`. A figure that is missing
+    or not finite is a dash.
+    """
+    table = Table(title="Held-out text by source")
+    table.add_column("source", no_wrap=True)
+    for name in ("sparsity %", "loss", "perplexity", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def text(value: float | None, pattern: str) -> str:
+        return "-" if value is None or not math.isfinite(value) else pattern.format(value)
+
+    for name, row in (("all", whole), *rows.items()):
+        table.add_row(
+            name,
+            text(row["sparsity"], "{:.2%}").removesuffix("%"),
+            text(row["loss"], "{:.4f}"),
+            text(row["perplexity"], "{:.2f}"),
+            f"{row['tokens']:,}",
+            style="bold" if row is whole else None,
         )
     return table

@@ -1,6 +1,7 @@
 """Step 3 of ProSparse on a checkpoint: sweep the FATReLU threshold on held-out text, choose one, write the result."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ from prosparse_jax.observe.plots import plot_threshold_sweep
 from prosparse_jax.sparsity.threshold import SweepRow, choose_threshold, perplexity_rise
 from prosparse_jax.training.run_directory import CHECKPOINTS
 from prosparse_jax.training.setup import build_program
+
+TOKENS_PER_DEVICE = 16384
+"""At most, of one batch of the sweep: the logits of 32,000 tokens of vocabulary are 2 GB then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ def _fatrelu_config(stored: Config, source: Path, paths: Sequence[str]) -> Confi
             model=dataclasses.replace(stored.model, activation=ActivationConfig(name="fatrelu")),
             # The penalty belongs to training; its schedule says nothing about the shifted model.
             sparsity=SparsityConfig(),
-            data=dataclasses.replace(stored.data, paths=tuple(paths) or stored.data.paths),
+            data=dataclasses.replace(stored.data, paths=tuple(paths), prepared="") if paths else stored.data,
         )
     )
 
@@ -105,17 +109,21 @@ def sweep_thresholds(
     config = _fatrelu_config(source.config, source.location, paths)
     program = build_program(config)
     tokens = prepare_tokens(config.data, tokenizer_from_files(source.assets, str(source.location)))
-    arrays = validation_batches(
-        tokens.validation,
-        sequence_length=config.training.sequence_length,
-        batch_size=program.micro_batch,
+    length = config.training.sequence_length
+    # A checkpoint may come from more devices, and then a whole micro-batch would not fit here.
+    per_device = min(max(1, TOKENS_PER_DEVICE // length), program.micro_batch // program.mesh.size)
+    by_source = validation_batches(
+        tokens,
+        config.data,
+        sequence_length=length,
+        batch_size=per_device * program.mesh.size,
         sequences=sequences,
     )
     ordered = sorted({0.0, *thresholds})
     settings_SL = jnp.tile(jnp.asarray(ordered, jnp.float32)[:, None], (1, config.model.num_layers))
     with jax.set_mesh(program.mesh):
         parameters = load_sharded(source, program.abstract_parameters)
-        batches = map(program.place_validation_batch, arrays)
+        batches = map(program.place_validation_batch, itertools.chain.from_iterable(by_source.values()))
         validations = run_validation(program.validate, parameters, batches, settings_SL, config.model.ffn_width)
     rows = [
         SweepRow(

@@ -11,35 +11,49 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from prosparse_jax.config import ModelConfig
-from prosparse_jax.training.losses import Batch, token_losses
+from prosparse_jax.training.losses import (
+    Batch,
+    SourceFigures,
+    SourceSums,
+    figures_by_source,
+    perplexity,
+    ratio,
+    sums_by_source,
+    token_losses,
+)
 
 
 class ValidationSums(NamedTuple):
-    """Sums over the real tokens of some batches, for S settings of the activation parameter."""
+    """Sums over some batches, for S settings of the activation parameter and M sources."""
 
     loss_S: Float[Array, "S"]
     active_SL: Float[Array, "S L"]
     neuron_SLF: Float[Array, "S L F"]
+    sources: SourceSums
+    """Each (S, M)."""
+    loss_tokens: Float[Array, ""]
+    """Targets that count in the loss."""
     tokens: Float[Array, ""]
+    """Real tokens, which the other figures are over."""
 
 
 class Validation(NamedTuple):
     """Held-out figures of one setting."""
 
     loss: float
-    """Mean over tokens, nats."""
+    """Mean over the targets that count, nats."""
     sparsity_per_layer: list[float]
     never_fired_per_layer: list[float]
     """Share of the neurons that were active on none of the tokens."""
     tokens: int
+    """Real tokens."""
+    sources: list[SourceFigures]
+    """The same of each source, in their order."""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite for the loss of a model that has blown up."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        """exp(loss)."""
+        return perplexity(self.loss)
 
     @property
     def sparsity(self) -> float:
@@ -54,22 +68,26 @@ class Validation(NamedTuple):
 Validate = Callable[[dict[str, Any], Batch, Float[Array, "S L"]], ValidationSums]
 
 
-def make_validate(model_config: ModelConfig, graphdef: nnx.GraphDef) -> Validate:
+def make_validate(model_config: ModelConfig, graphdef: nnx.GraphDef, sources: int) -> Validate:
     """The jitted sums of one batch (B, T), for all rows of an (S, L) array of activation parameters."""
     shape_LF = (model_config.num_layers, model_config.ffn_width)
 
     def one_setting(parameters: dict[str, Any], batch: Batch, activation_parameter_L: Float[Array, "L"]):
         model = nnx.merge(graphdef, parameters)
-        logits_BTV, statistics = model(batch.inputs, batch.mask, activation_parameter_L, count_neurons=True)
-        loss = jnp.sum(token_losses(logits_BTV, batch.targets, batch.mask))
-        if statistics is None:
-            return loss, jnp.zeros(shape_LF[:1]), jnp.zeros(shape_LF)
-        return loss, jnp.sum(statistics.active_count_B, axis=-1), jnp.sum(statistics.neuron_count_BF, axis=1)
+        logits_BTV, statistics = model(
+            batch.inputs, batch.mask, activation_parameter_L, documents=batch.documents, count_neurons=True
+        )
+        loss_B = token_losses(logits_BTV, batch.targets, batch.loss_mask)
+        active_L, neuron_LF = jnp.zeros(shape_LF[:1]), jnp.zeros(shape_LF)
+        if statistics is not None:
+            active_L = jnp.sum(statistics.active_count_B, axis=-1)
+            neuron_LF = jnp.sum(statistics.neuron_count_BF, axis=1)
+        return jnp.sum(loss_B), active_L, neuron_LF, sums_by_source(batch, loss_B, statistics, sources)
 
     @jax.jit
     def validate(parameters, batch, activation_parameter_SL):
         sums = jax.lax.map(lambda row: one_setting(parameters, batch, row), activation_parameter_SL)
-        return ValidationSums(*sums, tokens=jnp.sum(batch.mask))
+        return ValidationSums(*sums, loss_tokens=jnp.sum(batch.loss_mask), tokens=jnp.sum(batch.mask))
 
     return validate
 
@@ -88,15 +106,17 @@ def run_validation(
         totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
     assert totals is not None, "validation needs at least one batch"
     host = jax.device_get(totals)
-    tokens = float(host.tokens)
-    elements = tokens * ffn_width
-    # Without an FFN there is nothing that could be sparse: NaN, not 100 %.
-    return [
-        Validation(
-            loss=float(loss) / tokens,
-            sparsity_per_layer=[1.0 - float(count) / elements if ffn_width else math.nan for count in active_L],
-            never_fired_per_layer=[float(np.mean(count_F == 0)) if ffn_width else math.nan for count_F in neuron_LF],
-            tokens=int(tokens),
-        )
-        for loss, active_L, neuron_LF in zip(host.loss_S, host.active_SL, host.neuron_SLF, strict=True)
-    ]
+    return [_figures(host, row, ffn_width) for row in range(len(host.loss_S))]
+
+
+def _figures(host: ValidationSums, row: int, ffn_width: int) -> Validation:
+    """Figures of one setting. Without an FFN there is nothing that could be sparse: NaN, not 100 %."""
+    active_L, neuron_LF = host.active_SL[row].tolist(), host.neuron_SLF[row]
+    elements = float(host.tokens) * ffn_width
+    return Validation(
+        loss=ratio(float(host.loss_S[row]), float(host.loss_tokens)),
+        sparsity_per_layer=[1.0 - ratio(count, elements) for count in active_L],
+        never_fired_per_layer=[float(np.mean(count_F == 0)) if ffn_width else math.nan for count_F in neuron_LF],
+        tokens=int(host.tokens),
+        sources=figures_by_source(jax.tree.map(lambda x_SM: x_SM[row], host.sources), len(active_L) * ffn_width),
+    )

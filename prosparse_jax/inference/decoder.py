@@ -1,7 +1,10 @@
 """The model for inference: a whole prompt at once into a key/value cache, then one token at a time out of it.
 
 Layers are unrolled: each layer's weights are arrays of their own, which XLA reads where they lie, while a slice of a stack
-would be copied first. Rounding is that of `prosparse_jax.model.transformer`. One device.
+would be copied first. Rounding is that of `prosparse_jax.model.transformer`.
+
+Weights and cache are split over the devices of a mesh with one axis, "tensor": heads, neurons, and rows of the token tables.
+Every device holds the whole residual stream; attention and FFN each end with one sum over devices.
 """
 
 import dataclasses
@@ -10,24 +13,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.api import Implementation, sparse_ffn
+from pallas_kernels.api import Implementation, sparse_ffn_counted
 from prosparse_jax.activations import ACTIVATIONS
 from prosparse_jax.config import ModelConfig
+from prosparse_jax.interop.weights import LAYER_PREFIX, parameter_shapes
 from prosparse_jax.model.attention import causal_attention
 from prosparse_jax.model.rope import rotary_tables, rotate
 from prosparse_jax.parallel.sharding import ShardingRules
 
 SKIPPING = ("relu", "fatrelu")
 """Activations whose inactive neurons `sparse_ffn` can tell by a threshold."""
+TENSOR = "tensor"
+_WHOLE, _ROWS, _COLUMNS = PartitionSpec(), PartitionSpec(TENSOR), PartitionSpec(None, TENSOR)
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer; S is the capacity."""
+    """Keys and values of one layer; S is the capacity. Heads come before S: products then copy nothing."""
 
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
 
 
 class KVCache(NamedTuple):
@@ -41,16 +49,29 @@ Attend = Callable[[int, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Layer
 FFN = Callable[[int, jax.Array], jax.Array]
 
 
+def tensor_mesh(devices: list[jax.Device]) -> Mesh:
+    """The mesh that a model is split over."""
+    return jax.make_mesh((len(devices),), (TENSOR,), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def weight_spec(name: str) -> PartitionSpec:
+    """How one piece of a parameter is split: rows, or for attention's output, whose columns belong to heads, columns."""
+    if name.endswith("scale"):
+        return _WHOLE
+    return _COLUMNS if name == f"{LAYER_PREFIX}attention/output" else _ROWS
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """What is computed, apart from the weights: equal decoders share their compiled programs.
+    """What is computed and where, apart from the weights: equal decoders share their compiled programs.
 
     Weights are a dict of unlayered parameters by name and, under "layers", a list with a dict for each layer; matrices in
-    `dtype`, norm scales in float32.
+    `dtype`, norm scales in float32, placed on `mesh` (`tensor_mesh`) as `weight_spec` says.
     """
 
     model: ModelConfig
     dtype: jnp.dtype
+    mesh: Mesh
 
     def prefill(
         self, weights: dict[str, Any], tokens_BT: Int[Array, "B T"], counts_B: Int[Array, "B"], capacity: int
@@ -61,59 +82,107 @@ class Decoder:
             Logits after the last real token in float32, the cache, and the share of zeros among the FFNs' intermediate
             activations of real tokens, averaged over layers (0 without FFNs).
         """
+
+        def shard(weights: dict[str, Any], tokens_BT: jax.Array, counts_B: jax.Array) -> tuple[Any, ...]:
+            return self._prefill_shard(weights, tokens_BT, counts_B, capacity)
+
+        return self._split(shard, (_WHOLE, _WHOLE), (_COLUMNS, self._cache_specs(), _WHOLE))(
+            weights, tokens_BT, counts_B
+        )
+
+    def advance(
+        self, weights: dict[str, Any], cache: KVCache, tokens_B: Int[Array, "B"], ffn_kind: Implementation
+    ) -> tuple[Float[Array, "B V"], KVCache, Float[Array, "B"]]:
+        """Appends one token to each sequence; the cache must have room.
+
+        `ffn_kind` "xla_dense" computes every neuron, with any activation; the others skip those below the threshold.
+
+        Returns:
+            Logits after the token in float32, the cache, and the share of zeros among the FFNs' intermediate activations
+            of each token, averaged over layers (0 without FFNs).
+        """
+
+        def shard(weights: dict[str, Any], cache: KVCache, tokens_B: jax.Array) -> tuple[Any, ...]:
+            return self._advance_shard(weights, cache, tokens_B, ffn_kind)
+
+        cached = self._cache_specs()
+        return self._split(shard, (cached, _WHOLE), (_COLUMNS, cached, _WHOLE))(weights, cache, tokens_B)
+
+    def _split(
+        self, shard: Callable[..., Any], inputs: tuple[Any, ...], outputs: tuple[Any, ...]
+    ) -> Callable[..., Any]:
+        """A function of weights and `inputs` that runs `shard` on every device, with its part of each array."""
+        names = parameter_shapes(self.model)
+        weights: dict[str, Any] = {name: weight_spec(name) for name in names if not name.startswith(LAYER_PREFIX)}
+        layer = {name.removeprefix(LAYER_PREFIX): weight_spec(name) for name in names if name.startswith(LAYER_PREFIX)}
+        weights["layers"] = [layer] * self.model.num_layers
+        # Unchecked: what a Pallas kernel returns does not say on which axes it differs.
+        return jax.shard_map(shard, mesh=self.mesh, in_specs=(weights, *inputs), out_specs=outputs, check_vma=False)  # pyrefly: ignore
+
+    def _cache_specs(self) -> KVCache:
+        heads: Any = PartitionSpec(None, TENSOR)
+        lengths: Any = _WHOLE
+        return KVCache((LayerCache(heads, heads),) * self.model.num_layers, lengths)
+
+    def _prefill_shard(
+        self, weights: dict[str, Any], tokens_BT: jax.Array, counts_B: jax.Array, capacity: int
+    ) -> tuple[jax.Array, KVCache, jax.Array]:
         length = tokens_BT.shape[1]
         real_BT = jnp.arange(length) < counts_B[:, None]
-        room = ((0, 0), (0, capacity - length), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
         zero_shares = []
 
         # Padding comes after the real tokens, which therefore never see it; new tokens overwrite it in the cache.
         def attend(_: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, LayerCache]:
             context = causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation="xla", sharding=ShardingRules())
-            return context, LayerCache(jnp.pad(k_BTKH, room), jnp.pad(v_BTKH, room))
+            keys, values = (jnp.pad(jnp.swapaxes(each, 1, 2), room) for each in (k_BTKH, v_BTKH))
+            return context, LayerCache(keys, values)
 
         def ffn(index: int, x_BTD: jax.Array) -> jax.Array:
             layer = weights["layers"][index]
             x1_BTF = self._intermediate(index, layer, x_BTD)
             zeros_BT = jnp.mean(x1_BTF == 0, axis=-1, dtype=jnp.float32)
             zero_shares.append(jnp.sum(zeros_BT * real_BT) / jnp.sum(real_BT))
-            return jnp.einsum("btf,fd->btd", x1_BTF, layer["ffn/down"])
+            return jnp.einsum("btf,fd->btd", x1_BTF, layer["ffn/down"], preferred_element_type=jnp.float32)
 
         rotation = tuple(map(jnp.asarray, rotary_tables(self.model, length)))
         x_BTD, layers = self._blocks(weights, tokens_BT, rotation, attend, ffn)
         last_BD = jnp.take_along_axis(x_BTD, counts_B[:, None, None] - 1, axis=1)[:, 0]
         zero_share = jnp.mean(jnp.stack(zero_shares)) if zero_shares else jnp.float32(0)
-        return self._logits(weights, last_BD), KVCache(layers, counts_B), zero_share
+        return self._logits(weights, last_BD), KVCache(layers, counts_B), lax.pmean(zero_share, TENSOR)
 
-    def advance(
-        self, weights: dict[str, Any], cache: KVCache, tokens_B: Int[Array, "B"], ffn_kind: Implementation
-    ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Appends one token to each sequence; the cache must have room. Logits after it in float32, and the cache.
-
-        `ffn_kind` "xla_dense" computes every neuron, with any activation; the others skip those below the threshold.
-        """
-        rows = jnp.arange(len(tokens_B))
-        seen_BS = jnp.arange(cache.layers[0].keys.shape[1]) <= cache.lengths[:, None]
+    def _advance_shard(
+        self, weights: dict[str, Any], cache: KVCache, tokens_B: jax.Array, ffn_kind: Implementation
+    ) -> tuple[jax.Array, KVCache, jax.Array]:
+        batch = len(tokens_B)
+        seen_BS = jnp.arange(cache.layers[0].keys.shape[2]) <= cache.lengths[:, None]
+        zero_shares = []
 
         def attend(index: int, q_B1NH: jax.Array, k_B1KH: jax.Array, v_B1KH: jax.Array) -> tuple[jax.Array, LayerCache]:
-            keys, values = cache.layers[index]
-            keys = keys.at[rows, cache.lengths].set(k_B1KH[:, 0])
-            values = values.at[rows, cache.lengths].set(v_B1KH[:, 0])
-            mask = seen_BS[:, None, None, :]
-            context = jax.nn.dot_product_attention(q_B1NH, keys, values, mask=mask, implementation="xla")
-            return context, LayerCache(keys, values)
+            places = jnp.arange(batch)[:, None], jnp.arange(k_B1KH.shape[2]), cache.lengths[:, None]
+            keys = cache.layers[index].keys.at[places].set(k_B1KH[:, 0])
+            values = cache.layers[index].values.at[places].set(v_B1KH[:, 0])
+            return _attend_cached(q_B1NH, keys, values, seen_BS), LayerCache(keys, values)
 
         def ffn(index: int, x_B1D: jax.Array) -> jax.Array:
             layer = weights["layers"][index]
+            gate, up, down = (layer[f"ffn/{name}"] for name in ("gate", "up", "down"))
             if ffn_kind == "xla_dense":
                 x1_BF = self._intermediate(index, layer, x_B1D)[:, 0]
-                return jnp.einsum("fd,bf->bd", layer["ffn/down"], x1_BF)[:, None]
-            gate, up, down = (layer[f"ffn/{name}"] for name in ("gate", "up", "down"))
-            return sparse_ffn(x_B1D[:, 0], gate, up, down, self._parameter(index), implementation=ffn_kind)[:, None]
+                zero_shares.append(jnp.mean(x1_BF == 0, axis=-1, dtype=jnp.float32))
+                return jnp.einsum("fd,bf->bd", down, x1_BF, preferred_element_type=jnp.float32)[:, None]
+            y_BD, active_B = sparse_ffn_counted(
+                x_B1D[:, 0], gate, up, down, self._parameter(index), implementation=ffn_kind
+            )
+            zero_shares.append(1 - active_B.astype(jnp.float32) / len(gate))
+            return y_BD[:, None]
 
-        tables = rotary_tables(self.model, cache.layers[0].keys.shape[1])
+        tables = rotary_tables(self.model, cache.layers[0].keys.shape[2])
         rotation = tuple(jnp.asarray(table)[cache.lengths][:, None] for table in tables)
         x_B1D, layers = self._blocks(weights, tokens_B[:, None], rotation, attend, ffn)
-        return self._logits(weights, x_B1D[:, 0]), KVCache(layers, cache.lengths + 1)
+        zero_share_B = jnp.mean(jnp.stack(zero_shares), axis=0) if zero_shares else jnp.zeros(batch)
+        logits_BV = self._logits(weights, x_B1D[:, 0])
+        return logits_BV, KVCache(layers, cache.lengths + 1), lax.pmean(zero_share_B, TENSOR)
 
     def _blocks(
         self,
@@ -123,12 +192,12 @@ class Decoder:
         attend: Attend,
         ffn: FFN,
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
-        """The residual stream after all layers, and what `attend` keeps of each."""
+        """The residual stream after all layers, and what `attend` keeps of each. `ffn` returns this device's part."""
         model = self.model
         batch, length = tokens_BT.shape
         cosine, sine = rotation
-        x_BTD = weights["embedding"][tokens_BT].astype(jnp.float32) * model.embedding_multiplier
-        x_BTD = x_BTD.astype(self.dtype)
+        embedded_BTD = self._sum(_own_rows(weights["embedding"], tokens_BT))
+        x_BTD = (embedded_BTD * model.embedding_multiplier).astype(self.dtype)
         caches = []
         for index, layer in enumerate(weights["layers"]):
             normalised_BTD = self._norm(x_BTD, layer["attention_norm/scale"])
@@ -138,11 +207,16 @@ class Decoder:
             )
             context, cache = attend(index, rotate(q_BTNH, cosine, sine), rotate(k_BTKH, cosine, sine), v_BTKH)
             caches.append(cache)
-            attended_BTD = _project(layer["attention/output"], context.reshape(batch, length, -1))
-            x_BTD = x_BTD + model.residual_multiplier * attended_BTD
+            part_BTD = _project(layer["attention/output"], context.reshape(batch, length, -1), jnp.float32)
+            x_BTD = x_BTD + model.residual_multiplier * self._sum(part_BTD).astype(self.dtype)
             if model.ffn_width:
-                x_BTD = x_BTD + model.residual_multiplier * ffn(index, self._norm(x_BTD, layer["ffn_norm/scale"]))
+                part_BTD = ffn(index, self._norm(x_BTD, layer["ffn_norm/scale"]))
+                x_BTD = x_BTD + model.residual_multiplier * self._sum(part_BTD).astype(self.dtype)
         return x_BTD, tuple(caches)
+
+    def _sum(self, part: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Over devices, in float32: rounded once, as on one device."""
+        return lax.psum(part, TENSOR) if self.mesh.size > 1 else part
 
     def _parameter(self, index: int) -> Float[Array, ""]:
         """The activation's threshold or shift in a layer."""
@@ -161,14 +235,43 @@ class Decoder:
         return (normalised * scale_D).astype(x.dtype)
 
     def _logits(self, weights: dict[str, Any], x_BD: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Of this device's tokens."""
         final_BD = self._norm(x_BD, weights["norm/scale"]) / self.model.logits_divisor
         table_VD = weights["embedding" if self.model.tie_embeddings else "head"]
         # Logits rounded to bfloat16 would tie, and the first of equal ones would win.
         return jnp.einsum("vd,bd->vb", table_VD, final_BD, preferred_element_type=jnp.float32).T
 
 
-def _project(weight_ED: Float[Array, "E D"], x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
-    """x weight^T. The matrix comes first for a single token: XLA's CPU compiler is 17 times slower the other way round."""
+def _own_rows(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of those tokens that this device's part of the table holds, in float32; zeros for the others."""
+    places_BT = tokens_BT - lax.axis_index(TENSOR) * len(table_VD)
+    is_own_BT = (places_BT >= 0) & (places_BT < len(table_VD))
+    rows_BTD = jnp.take(table_VD, places_BT, axis=0, mode="clip").astype(jnp.float32)
+    return jnp.where(is_own_BT[..., None], rows_BTD, 0)
+
+
+def _attend_cached(
+    q_B1NH: Float[Array, "B 1 N H"],
+    keys_BKSH: Float[Array, "B K S H"],
+    values_BKSH: Float[Array, "B K S H"],
+    seen_BS: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """softmax(q k^T / sqrt(H)) v over the entries that are seen, softmax in float32, as jax.nn computes it."""
+    batch, _, heads, width = q_B1NH.shape
+    q_BKGH = q_B1NH.reshape(batch, keys_BKSH.shape[1], -1, width)
+    scores_BKGS = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, keys_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGS = jnp.where(seen_BS[:, None, None, :], scores_BKGS * width**-0.5, -jnp.inf)
+    shares_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(values_BKSH.dtype)
+    context_BKGH = jnp.einsum("bkgs,bksh->bkgh", shares_BKGS, values_BKSH)
+    return context_BKGH.reshape(batch, 1, heads, width)
+
+
+def _project(weight_ED: Float[Array, "E D"], x_BTD: Float[Array, "B T D"], dtype: Any = None) -> Float[Array, "B T E"]:
+    """x weight^T in x's dtype or the given one.
+
+    The matrix comes first for a single token: XLA's CPU compiler is 17 times slower the other way round.
+    """
     if x_BTD.shape[1] == 1:
-        return jnp.einsum("ed,bd->eb", weight_ED, x_BTD[:, 0]).T[:, None, :]
-    return jnp.einsum("btd,ed->bte", x_BTD, weight_ED)
+        product_EB = jnp.einsum("ed,bd->eb", weight_ED, x_BTD[:, 0], preferred_element_type=dtype)
+        return product_EB.T[:, None, :]
+    return jnp.einsum("btd,ed->bte", x_BTD, weight_ED, preferred_element_type=dtype)

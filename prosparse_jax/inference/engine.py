@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -14,14 +15,22 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import api
 from prosparse_jax.config import ModelConfig
 from prosparse_jax.errors import ConfigError
-from prosparse_jax.inference.decoder import SKIPPING, Decoder, KVCache
+from prosparse_jax.inference.decoder import SKIPPING, Decoder, KVCache, tensor_mesh, weight_spec
 from prosparse_jax.inference.sampling import Sampling, sample
-from prosparse_jax.interop.weights import LAYER_PREFIX, WeightSource, parameter_shapes
+from prosparse_jax.interop.weights import (
+    LAYER_PREFIX,
+    WeightSource,
+    count_not_finite,
+    not_finite_warning,
+    pieces,
+)
 
 FFNChoice = Literal["auto", "sparse", "dense"]
 LONGEST_CONTEXT = 2**20
 """Tokens of prompt and continuation; far beyond what models are trained for, it only stops slips of the finger."""
 _SHORTEST_PROMPT, _CAPACITY_STEP = 16, 128
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -35,35 +44,33 @@ class Engine:
         ffn: "sparse" always skips inactive neurons of new tokens, "dense" computes all. "auto" skips where it is expected
             to be faster, going by the share of zeros in the prompt's activations.
         compute_dtype: Of weights, activations and cache; by default bfloat16 on a GPU and float32 on a CPU.
+        devices: Of this machine, over how many heads and neurons are split; their number divides those of the model.
 
     Raises:
-        ConfigError: "sparse" with an activation that it would compute wrongly, or an unknown `ffn`.
+        ConfigError: All that `engine_problems` finds.
     """
 
-    def __init__(self, source: WeightSource, *, ffn: FFNChoice = "auto", compute_dtype: Any = None):
+    def __init__(self, source: WeightSource, *, ffn: FFNChoice = "auto", compute_dtype: Any = None, devices: int = 1):
         model = source.model
-        self.can_skip = model.ffn_width > 0 and model.activation.name in SKIPPING
-        if ffn not in get_args(FFNChoice):
-            raise ConfigError([f"ffn={ffn!r} is unknown; choose one of {', '.join(get_args(FFNChoice))}"])
-        if ffn == "sparse" and not self.can_skip:
-            held = f"activation {model.activation.name}" if model.ffn_width else "no FFN"
-            raise ConfigError(
-                [f"ffn=sparse needs a model with {' or '.join(SKIPPING)}; {source.location} has {held}. Use ffn=dense"]
-            )
-        device = jax.local_devices()[0]
-        default = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
+        if problems := engine_problems(source, ffn, devices):
+            raise ConfigError(problems)
+        chosen = jax.local_devices()[:devices]
+        default = jnp.float32 if chosen[0].platform == "cpu" else jnp.bfloat16
+        dtype = jnp.dtype(default if compute_dtype is None else compute_dtype)
         self.ffn = ffn
-        self.decoder = Decoder(model, jnp.dtype(default if compute_dtype is None else compute_dtype))
-        self.weights = _read_weights(source, self.decoder.dtype, device)
+        self.can_skip = can_skip(model)
+        self.decoder = Decoder(model, dtype, tensor_mesh(chosen))
+        self.weights = _read_weights(source, self.decoder)
 
     def ffn_kind(self, batch: int, zero_share: float) -> api.Implementation:
         """What computes the FFNs of `batch` new tokens, if that share of activations is zero."""
         if self.ffn == "dense" or not self.can_skip:
             return "xla_dense"
         tokens: Any = jax.ShapeDtypeStruct((batch, self.decoder.model.d_model), self.decoder.dtype)
-        gate, up, down = (self.weights["layers"][0][f"ffn/{name}"] for name in ("gate", "up", "down"))
+        own_neurons = self.decoder.model.ffn_width // self.decoder.mesh.size
+        matrix: Any = jax.ShapeDtypeStruct((own_neurons, self.decoder.model.d_model), self.decoder.dtype)
         expected = 0.0 if self.ffn == "sparse" else 1 - zero_share
-        chosen = api.choose(tokens, gate, up, down, active_share=expected)
+        chosen = api.choose(tokens, matrix, matrix, matrix, active_share=expected)
         return "xla_gather" if self.ffn == "sparse" and chosen == "xla_dense" else chosen
 
     def generate(
@@ -80,25 +87,66 @@ class Engine:
         Raises:
             ConfigError: With every prompt or number that cannot be.
         """
-        check_request(self.decoder.model, prompts, max_new_tokens)
+        if problems := request_problems(self.decoder.model, prompts, max_new_tokens):
+            raise ConfigError(problems)
         return Generation(self, prompts, max_new_tokens, sampling, frozenset(stop))
 
 
-def check_request(model: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises ConfigError with every prompt or number that `Engine.generate` cannot serve; needs no weights."""
-    problems = [f"max_new_tokens={max_new_tokens} must be at least 1"] if max_new_tokens < 1 else []
+def can_skip(model: ModelConfig) -> bool:
+    """Whether the FFNs of new tokens can leave out inactive neurons."""
+    return model.ffn_width > 0 and model.activation.name in SKIPPING
+
+
+def engine_problems(source: WeightSource, ffn: str, devices: int) -> list[str]:
+    """What `Engine` cannot do: an unknown `ffn`, "sparse" where it would be wrong, devices that are not there or that
+    cannot share the model evenly. Reads no weights."""
+    model, found = source.model, []
+    if ffn not in get_args(FFNChoice):
+        found.append(f"ffn={ffn!r} is unknown; choose one of {', '.join(get_args(FFNChoice))}")
+    if ffn == "sparse" and not can_skip(model):
+        held = f"activation {model.activation.name}" if model.ffn_width else "no FFN"
+        found.append(
+            f"ffn=sparse needs a model with {' or '.join(SKIPPING)}; {source.location} has {held}. Use ffn=dense"
+        )
+    if not 1 <= devices <= len(jax.local_devices()):
+        found.append(f"devices={devices} must be from 1 to {len(jax.local_devices())}, which are on this machine")
+    else:
+        sizes = {
+            "key/value heads": model.num_kv_heads,
+            "neurons": model.ffn_width,
+            "token embeddings": model.vocab_size,
+        }
+        if uneven := [f"{size} {name}" for name, size in sizes.items() if size % devices]:
+            found.append(
+                f"devices={devices} cannot share {' and '.join(uneven)} evenly; choose a number that divides them"
+            )
+    return found
+
+
+def length_problems(max_new_tokens: int) -> list[str]:
+    """What a length cannot be, whatever the model."""
+    return [f"max_new_tokens={max_new_tokens} must be at least 1"] if max_new_tokens < 1 else []
+
+
+def request_problems(
+    model: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int = LONGEST_CONTEXT
+) -> list[str]:
+    """Every prompt or number that cannot be served, or that needs more tokens than `context`; reads no weights."""
+    problems = length_problems(max_new_tokens)
     if not prompts:
         problems.append("there is no prompt")
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) == 0:
-            problems.append(f"prompt {number} is empty; a model continues at least one token")
+            problems.append(f"prompt {number} is empty; give some text to continue")
         elif not 0 <= min(prompt) <= max(prompt) < model.vocab_size:
             problems.append(f"prompt {number} has token ids outside of the model's 0 to {model.vocab_size - 1}")
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    if longest > LONGEST_CONTEXT:
-        problems.append(f"prompt and max_new_tokens={max_new_tokens} are {longest} tokens, over {LONGEST_CONTEXT}")
-    if problems:
-        raise ConfigError(problems)
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) + max_new_tokens > context:
+            problems.append(
+                f"prompt {number} has {len(prompt)} tokens, with max_new_tokens={max_new_tokens} more than the "
+                f"{context} that this model takes; shorten one of them"
+            )
+    return problems
 
 
 @dataclasses.dataclass
@@ -114,10 +162,20 @@ class Generation:
     ffn_kind: api.Implementation | None = None
     """What computes the FFNs of new tokens; None until the prompts are read."""
     prompt_sparsity: float = 0.0
-    """Share of zeros in the FFNs' intermediate activations over the prompts."""
+    """Share of zeros in the FFNs' intermediate activations over the prompts, mean over layers."""
+    measured_tokens: int = 0
+    """New tokens that were read by the model in turn: all but the last one of each sequence."""
+    zero_shares: float = 0.0
+    """The same share for each of those, summed."""
     timed_tokens: int = 0
     """Tokens after the first step, which compiles; `timed_seconds` is how long they took."""
     timed_seconds: float = 0.0
+
+    @property
+    def live_sparsity(self) -> float | None:
+        """Share of zeros in the FFNs' intermediate activations over new tokens so far, mean over layers; None before
+        there are any. Only gates decide it where inactive neurons are skipped."""
+        return self.zero_shares / self.measured_tokens if self.measured_tokens else None
 
     def __iter__(self) -> Iterator[list[int | None]]:
         engine, batch = self.engine, len(self.prompts)
@@ -125,20 +183,25 @@ class Generation:
         cache, tokens_B, zero_share = self._prefill(key)
         self.prompt_sparsity = float(zero_share)
         self.ffn_kind = engine.ffn_kind(batch, self.prompt_sparsity)
-        ended, started = [False] * batch, 0.0
+        ended, started, zeros_B = [False] * batch, 0.0, None
         for number in range(1, self.max_new_tokens + 1):
-            chosen = tokens_B
+            chosen, made_with_B = tokens_B, zeros_B
             if number < self.max_new_tokens:
                 # Dispatched before the token is fetched, so that the device works while the host prints.
-                cache, tokens_B = _step(
+                cache, tokens_B, zeros_B = _step(
                     engine.decoder, engine.weights, cache, tokens_B, key, ffn_kind=self.ffn_kind, sampling=self.sampling
                 )
-            new = [None if done else int(token) for token, done in zip(np.asarray(chosen), ended, strict=True)]
+            values, zeros = jax.device_get((chosen, made_with_B))
+            new = [None if done else int(token) for token, done in zip(values, ended, strict=True)]
+            running = np.logical_not(ended)
+            if zeros is not None:
+                self.measured_tokens += int(running.sum())
+                self.zero_shares += float(zeros[running].sum())
             if number <= 2:
                 started = time.perf_counter()
             else:
                 self.timed_seconds = time.perf_counter() - started
-                self.timed_tokens += batch - sum(ended)
+                self.timed_tokens += int(running.sum())
             yield new
             ended = [token is None or token in self.stop for token in new]
             if all(ended):
@@ -160,20 +223,24 @@ class Generation:
         )
 
 
-def _read_weights(source: WeightSource, dtype: jnp.dtype, device: jax.Device) -> dict[str, Any]:
-    """All weights on `device`, as `Decoder` takes them."""
-
-    def place(name: str, layer: int | None) -> jax.Array:
+def _read_weights(source: WeightSource, decoder: Decoder) -> dict[str, Any]:
+    """All weights as `Decoder` takes them. Beyond them, the host holds one piece at a time."""
+    weights: dict[str, Any] = {"layers": [{} for _ in range(source.model.num_layers)]}
+    counts: dict[str, int] = {}
+    for name, layer in pieces(source.model):
         values = source.read(name, layer)
-        return jax.device_put(values.astype(np.float32 if values.ndim == 1 else dtype), device)
-
-    names = parameter_shapes(source.model)
-    layered = [name for name in names if name.startswith(LAYER_PREFIX)]
-    weights: dict[str, Any] = {name: place(name, None) for name in names if name not in layered}
-    weights["layers"] = [
-        {name.removeprefix(LAYER_PREFIX): place(name, layer) for name in layered}
-        for layer in range(source.model.num_layers)
-    ]
+        if count := count_not_finite(values):
+            counts[name if layer is None else f"{name} (layer {layer})"] = count
+        dtype = np.dtype(np.float32) if values.ndim == 1 else decoder.dtype
+        sharding = jax.NamedSharding(decoder.mesh, weight_spec(name))
+        # Waited for, or pieces that are still being copied to a GPU would pile up on the host.
+        placed = jax.block_until_ready(jax.device_put(values.astype(dtype, copy=False), sharding))
+        if layer is None:
+            weights[name] = placed
+        else:
+            weights["layers"][layer][name.removeprefix(LAYER_PREFIX)] = placed
+    if counts:
+        _log.warning(not_finite_warning(counts))
     return weights
 
 
@@ -190,7 +257,7 @@ def _prefill(
     sampling: Sampling,
 ) -> tuple[KVCache, Int[Array, "B"], Float[Array, ""]]:
     logits_BV, cache, zero_share = decoder.prefill(weights, tokens_BT, counts_B, capacity)
-    return cache, sample(logits_BV, _key_of_token(key, cache), sampling), zero_share
+    return cache, _choose_tokens(decoder, logits_BV, cache, key, sampling), zero_share
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "ffn_kind", "sampling"), donate_argnames="cache")
@@ -203,11 +270,17 @@ def _step(
     *,
     ffn_kind: api.Implementation,
     sampling: Sampling,
-) -> tuple[KVCache, Int[Array, "B"]]:
-    logits_BV, cache = decoder.advance(weights, cache, tokens_B, ffn_kind)
-    return cache, sample(logits_BV, _key_of_token(key, cache), sampling)
+) -> tuple[KVCache, Int[Array, "B"], Float[Array, "B"]]:
+    logits_BV, cache, zero_share_B = decoder.advance(weights, cache, tokens_B, ffn_kind)
+    return cache, _choose_tokens(decoder, logits_BV, cache, key, sampling), zero_share_B
 
 
-def _key_of_token(key: jax.Array, cache: KVCache) -> jax.Array:
-    """Another key for each step, from the tokens read so far: nothing has to come from the host."""
-    return jax.random.fold_in(key, cache.lengths[0])
+def _choose_tokens(
+    decoder: Decoder, logits_BV: Float[Array, "B V"], cache: KVCache, key: jax.Array, sampling: Sampling
+) -> Int[Array, "B"]:
+    """Each device has all logits and chooses the same. The key follows from the tokens read so far: none of it has to
+    come from the host."""
+    whole = jax.NamedSharding(decoder.mesh, jax.sharding.PartitionSpec())
+    logits_BV = jax.lax.with_sharding_constraint(logits_BV, whole)
+    tokens_B = sample(logits_BV, jax.random.fold_in(key, cache.lengths[0]), sampling)
+    return jax.lax.with_sharding_constraint(tokens_B, whole)

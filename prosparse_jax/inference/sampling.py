@@ -25,15 +25,20 @@ class Sampling:
     """Equal seeds give equal tokens. Not compared: it is no part of the compiled program."""
 
     def __post_init__(self):
-        problems = []
-        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < math.inf:
-            problems.append(f"temperature={self.temperature} must be 0 (greedy) or from {_LEAST_TEMPERATURE} up")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"seed={self.seed} must be in [0, 2**32)")
-        if problems:
+        if problems := sampling_problems(self.temperature, self.top_p, self.seed):
             raise ConfigError(problems)
+
+
+def sampling_problems(temperature: float, top_p: float, seed: int) -> list[str]:
+    """What a `Sampling` cannot be."""
+    problems = []
+    if temperature != 0 and not _LEAST_TEMPERATURE <= temperature < math.inf:
+        problems.append(f"temperature={temperature} must be 0 (greedy) or from {_LEAST_TEMPERATURE} up")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p} must be above 0 and at most 1")
+    if not 0 <= seed < 2**32:
+        problems.append(f"seed={seed} must be in [0, 2**32)")
+    return problems
 
 
 def sample(logits_BV: Float[Array, "B V"], key: jax.Array, sampling: Sampling) -> Int[Array, "B"]:

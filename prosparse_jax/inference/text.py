@@ -2,20 +2,24 @@
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from prosparse_jax.data.tokenizer import TextTokenizer
-from prosparse_jax.errors import CheckpointError, ConfigError
-from prosparse_jax.inference.engine import Generation
-from prosparse_jax.interop.hf_reader import GENERATION_CONFIG
+from prosparse_jax.errors import CheckpointError
+from prosparse_jax.inference.engine import LONGEST_CONTEXT, Generation
+from prosparse_jax.interop.hf_reader import CONFIG, GENERATION_CONFIG
 from prosparse_jax.interop.weights import WeightSource
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+def empty_texts(texts: Sequence[str]) -> list[str]:
+    """A message for each text that is empty: a special token may begin it, but there is nothing to continue."""
+    return [f"prompt {number} is empty; give some text to continue" for number, text in enumerate(texts, 1) if not text]
+
+
 def encode_prompts(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, begun as a document begins. Raises ConfigError naming every text that is empty."""
-    if empty := [number for number, text in enumerate(texts, start=1) if not text]:
-        raise ConfigError([f"prompt {number} is empty; give some text to continue" for number in empty])
+    """Token ids of each text, begun as a document begins."""
     first = [tokenizer.bos_id] if tokenizer.bos_id is not None and tokenizer.begins_with_bos else []
     return [first + ids for ids in tokenizer.encode_batch(texts)]
 
@@ -26,16 +30,30 @@ def stop_tokens(source: WeightSource, tokenizer: TextTokenizer) -> frozenset[int
     Raises CheckpointError if that file cannot be read.
     """
     stop = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
-    if GENERATION_CONFIG not in source.assets:
-        return stop
-    try:
-        named = json.loads(source.assets[GENERATION_CONFIG]).get("eos_token_id")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{source.location}: {GENERATION_CONFIG} cannot be read ({error}); mend it") from error
+    named = _read_settings(source, GENERATION_CONFIG).get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
     if strange := [token for token in ids if type(token) is not int]:
         raise CheckpointError(f"{source.location}: eos_token_id in {GENERATION_CONFIG} holds {strange}, not token ids")
     return stop | frozenset(ids)
+
+
+def context_length(source: WeightSource) -> int:
+    """Tokens of prompt and continuation: what a config.json of Hugging Face names, or `LONGEST_CONTEXT`.
+
+    Raises CheckpointError if that file cannot be read.
+    """
+    named = _read_settings(source, CONFIG).get("max_position_embeddings")
+    return named if type(named) is int and named > 0 else LONGEST_CONTEXT
+
+
+def _read_settings(source: WeightSource, file: str) -> dict[str, Any]:
+    """A JSON file beside the weights; empty if there is none."""
+    if file not in source.assets:
+        return {}
+    try:
+        return dict(json.loads(source.assets[file]).items())
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{source.location}: {file} cannot be read ({error}); mend it") from error
 
 
 class TextStream:
@@ -78,6 +96,10 @@ def write_texts(
     """
     streams = [TextStream(tokenizer, prompt) for prompt in generation.prompts]
     pieces = [[text] for text in texts]
+    if len(texts) == 1:
+        # Before the first token, whose program may have to be compiled first.
+        write(texts[0])
+        pieces[0].clear()
     running = set(range(len(texts)))
 
     def end(index: int) -> None:
@@ -100,17 +122,18 @@ def write_texts(
 
 def summary(generation: Generation) -> str:
     """One line on a generation that has run: speed, prompt tokens, sparsity, what computed the FFNs."""
-    has_ffn = generation.engine.decoder.model.ffn_width > 0
     if generation.timed_tokens:
         speed = f"{generation.timed_tokens / generation.timed_seconds:.1f} tokens/s"
     else:
         speed = "too few tokens to time"
-    kind = str(generation.ffn_kind).removeprefix("xla_")
-    return ", ".join(
-        [
-            speed,
-            f"{sum(map(len, generation.prompts))} prompt tokens",
-            f"{100 * generation.prompt_sparsity:.1f} % sparsity of their FFN activations" if has_ffn else "no FFN",
-            *([f"FFN: {kind}"] if has_ffn else []),
+    shown = [speed, f"{sum(map(len, generation.prompts))} prompt tokens"]
+    if generation.engine.decoder.model.ffn_width:
+        live = generation.live_sparsity
+        shown += [
+            f"sparsity {100 * generation.prompt_sparsity:.1f} % in the prompt",
+            "no new token was read"
+            if live is None
+            else f"{100 * live:.1f} % in {generation.measured_tokens} new tokens",
+            f"FFN {str(generation.ffn_kind).removeprefix('xla_')}",
         ]
-    )
+    return ", ".join(shown)

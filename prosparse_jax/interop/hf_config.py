@@ -197,12 +197,17 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling]:
     kinds = {str(value.get("rope_type", value.get("type")) or "default") for value in given if value}
     if len(kinds) > 1:
         fields.problems.append(f"rope_parameters and rope_scaling disagree on the kind: {_shown(sorted(kinds))}")
+    for name in sorted(set.intersection(*(set(value) for value in given)) if len(given) > 1 else ()):
+        values = [value[name] for value in given]
+        if name not in ("type", "rope_type") and values[0] != values[1]:
+            fields.problems.append(f"rope_parameters and rope_scaling disagree on {name}: {_shown(values)}")
     if settings.get("partial_rotary_factor") not in (None, 1.0):
         fields.problems.append(
             f"partial_rotary_factor={_shown(settings['partial_rotary_factor'])} is not supported, only 1.0"
         )
-    outer = {name: fields.values.get(name) for name in ("rope_theta", "max_position_embeddings")}
-    rope = _Fields(outer | settings, fields.problems)
+    names = ("rope_theta", "original_max_position_embeddings", "max_position_embeddings")
+    outer = {name: fields.values.get(name) for name in names}
+    rope = _Fields(outer | {name: value for name, value in settings.items() if value is not None}, fields.problems)
     theta = rope.number("rope_theta", 10000.0)
     kind = settings.get("rope_type", settings.get("type")) or "default"
     if kind == "default":
@@ -210,8 +215,8 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling]:
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=rope.number("factor"))
     if kind == "llama3":
-        # transformers takes the context length of the config where the original one is not given.
-        fallback = "max_position_embeddings" if settings.get("original_max_position_embeddings") is None else ""
+        # Where the original context length is not given, here or beside, transformers takes the config's own.
+        fallback = "max_position_embeddings" if rope.values["original_max_position_embeddings"] is None else ""
         return theta, RopeScaling(
             kind="llama3",
             factor=rope.number("factor"),
@@ -328,6 +333,8 @@ def unfit(model: ModelConfig, family: str) -> list[str]:
 
 def _unfit(model: ModelConfig, family: str) -> list[str]:
     found, activation = [], model.activation
+    if activation.name not in _HF_ACTIVATIONS:
+        return [f"the activation {activation.name} has no name in Hugging Face's configs"]
     if model.ffn_width == 0:
         found.append("the model has no FFNs (model.ffn_width=0), and every Hugging Face LLaMA has them")
     if family != "minicpm" and _has_multipliers(model):

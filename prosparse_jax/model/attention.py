@@ -2,10 +2,11 @@
 
 import functools
 import logging
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from prosparse_jax.errors import ConfigError
 from prosparse_jax.parallel.sharding import ShardingRules
@@ -13,12 +14,23 @@ from prosparse_jax.parallel.sharding import ShardingRules
 logger = logging.getLogger(__name__)
 
 
+class Documents(NamedTuple):
+    """Where the documents of packed sequences lie; with a leading axis A, for all micro-batches of a step."""
+
+    segments: Int[Array, "*A B T"]
+    """Number of each token's document in its sequence, from 1; 0 on padding. Equal numbers see each other."""
+    positions: Int[Array, "*A B T"]
+    """Place of each token in its document, from 0 to T - 1."""
+
+
 @functools.cache
 def _log_once(text: str) -> None:
     logger.info(text)
 
 
-def choose_attention(requested: str, platform: str, head_width: int, compute_dtype: str) -> str:
+def choose_attention(
+    requested: str, platform: str, head_width: int, compute_dtype: str, *, document_masks: bool
+) -> str:
     """Resolves "auto" to the best back end for `platform` ("cpu", "gpu"): cuDNN where it can run, XLA elsewhere.
 
     Raises ConfigError when a named back end cannot serve the request; a named one never falls back.
@@ -30,6 +42,10 @@ def choose_attention(requested: str, platform: str, head_width: int, compute_dty
         cudnn_problem = f"needs a head width that is a multiple of 8 and at most 128, model.head_width is {head_width}"
     elif compute_dtype == "float32":
         cudnn_problem = "needs bfloat16, training.compute_dtype is float32"
+    elif document_masks:
+        # jax.nn offers two ways, none of them for us: its packed layout needs Hopper, and a mask becomes a (B, 1, T, T)
+        # bias, of which no GPU test here shows that it keeps documents apart, forward and backward.
+        cudnn_problem = "keeps no documents apart, and data.document_masks is on"
     if requested == "cudnn" and cudnn_problem:
         raise ConfigError([f"training.attention=cudnn {cudnn_problem}; use auto or xla"])
     chosen = requested
@@ -39,23 +55,37 @@ def choose_attention(requested: str, platform: str, head_width: int, compute_dty
     return chosen
 
 
+def _same_document(queries_BT: Int[Array, "B T"], keys_BS: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
+    return (queries_BT[:, :, None] == keys_BS[:, None, :])[:, None]
+
+
 def _xla_attention(
-    q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"]
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention in two halves of the queries: the first never sees the later keys, so a quarter of the scores
-    is never computed. More parts save more scores, but make small models slower (docs/performance.md)."""
+    is never computed. More parts save more scores, but make small models slower (docs/performance.md).
+
+    A masked score enters the softmax as an exact 0. Every token sees itself, padding too, so no row is empty.
+    """
     length = q_BTNH.shape[1]
     middle = length // 2
+    early = late = None
+    if segments_BT is not None:
+        early = _same_document(segments_BT[:, :middle], segments_BT[:, :middle])
+        late = _same_document(segments_BT[:, middle:], segments_BT)
+    seen_TS = (jnp.arange(middle, length)[:, None] >= jnp.arange(length)[None, :])[None, None]
+    late_BTNH = jax.nn.dot_product_attention(
+        q_BTNH[:, middle:], k_BTKH, v_BTKH, mask=seen_TS if late is None else seen_TS & late, implementation="xla"
+    )
     if middle == 0:
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="xla")
-    early = jax.nn.dot_product_attention(
-        q_BTNH[:, :middle], k_BTKH[:, :middle], v_BTKH[:, :middle], is_causal=True, implementation="xla"
+        return late_BTNH
+    early_BTNH = jax.nn.dot_product_attention(
+        q_BTNH[:, :middle], k_BTKH[:, :middle], v_BTKH[:, :middle], mask=early, is_causal=True, implementation="xla"
     )
-    seen_TS = jnp.arange(middle, length)[:, None] >= jnp.arange(length)[None, :]
-    late = jax.nn.dot_product_attention(
-        q_BTNH[:, middle:], k_BTKH, v_BTKH, mask=seen_TS[None, None], implementation="xla"
-    )
-    return jnp.concatenate([early, late], axis=1)
+    return jnp.concatenate([early_BTNH, late_BTNH], axis=1)
 
 
 def causal_attention(
@@ -65,15 +95,18 @@ def causal_attention(
     *,
     implementation: str,
     sharding: ShardingRules,
+    segments_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v with a causal mask; N is a multiple of K (grouped-query attention).
 
-    `implementation` is "xla" or "cudnn". cuDNN runs under shard_map: on an explicit mesh its outputs would otherwise
-    be typed as replicated, and every device would gather the whole batch.
+    With `segments_BT` a token sees only those before it that have its own number. `implementation` is "xla" or "cudnn",
+    as `choose_attention` resolved it: cuDNN takes no segments. cuDNN runs under shard_map: on an explicit mesh its
+    outputs would otherwise be typed as replicated, and every device would gather the whole batch.
     """
 
     if implementation == "xla":
-        return _xla_attention(q_BTNH, k_BTKH, v_BTKH)
+        return _xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    assert segments_BT is None, "choose_attention refuses cuDNN with document masks"
 
     def attend(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")

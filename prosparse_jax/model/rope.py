@@ -24,6 +24,7 @@ def rotary_frequencies(model: ModelConfig) -> np.ndarray:
         return frequencies
     if model.rope_scaling.kind == "linear":
         return frequencies / model.rope_scaling.factor
+    assert model.rope_scaling.kind == "llama3", model.rope_scaling
     return _llama3_frequencies(frequencies, model.rope_scaling)
 
 

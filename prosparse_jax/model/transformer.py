@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from prosparse_jax.activations import ACTIVATIONS
 from prosparse_jax.config import ModelConfig, Remat
-from prosparse_jax.model.attention import causal_attention
+from prosparse_jax.model.attention import Documents, causal_attention
 from prosparse_jax.model.remat import GATE, MIDDLE, QKV, UP, checkpoint_name, recompute, rematerialise
 from prosparse_jax.model.rope import rotary_tables, rotate
 from prosparse_jax.parallel.sharding import ShardingRules
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
         self.value = _matrix(rngs, kv_width, model.d_model, options, std)
         self.output = _matrix(rngs, model.d_model, query_width, options, output_std)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], documents: Documents | None) -> Float[Array, "B T D"]:
         model, sharding = self.model, self.options.sharding
         batch, length, _ = x_BTD.shape
 
@@ -80,11 +80,20 @@ class Attention(nnx.Module):
             return projected.reshape(batch, length, count, model.head_width, out_sharding=sharding.activation(4))
 
         cosine, sine = map(jnp.asarray, rotary_tables(model, length))
+        segments_BT = None
+        if documents is not None:
+            segments_BT, spec = documents.segments, sharding.activation(3)
+            cosine, sine = (table.at[documents.positions].get(out_sharding=spec) for table in (cosine, sine))
         q_BTNH = checkpoint_name(rotate(heads(self.query, model.num_query_heads), cosine, sine), QKV)
         k_BTKH = checkpoint_name(rotate(heads(self.key, model.num_kv_heads), cosine, sine), QKV)
         v_BTKH = checkpoint_name(heads(self.value, model.num_kv_heads), QKV)
         context_BTNH = causal_attention(
-            q_BTNH, k_BTKH, v_BTKH, implementation=self.options.attention, sharding=sharding
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            implementation=self.options.attention,
+            sharding=sharding,
+            segments_BT=segments_BT,
         )
         context_BTE = context_BTNH.reshape(batch, length, -1, out_sharding=sharding.activation(3))
         output_DE = sharding.gather(self.output[...], x_BTD.dtype)
@@ -149,10 +158,12 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         mask_BT: Float[Array, "B T"],
         activation_parameter: Float[Array, ""],
+        documents: Documents | None,
         *,
         count_neurons: bool,
     ) -> tuple[Float[Array, "B T D"], FFNStatistics | None]:
-        x_BTD = checkpoint_name(x_BTD + self.residual_multiplier * self.attention(self.attention_norm(x_BTD)), MIDDLE)
+        attended_BTD = self.attention(self.attention_norm(x_BTD), documents)
+        x_BTD = checkpoint_name(x_BTD + self.residual_multiplier * attended_BTD, MIDDLE)
         if not self.has_ffn:
             return x_BTD, None
         y_BTD, statistics = self.ffn(self.ffn_norm(x_BTD), mask_BT, activation_parameter, count_neurons=count_neurons)
@@ -206,18 +217,20 @@ class CausalLM(nnx.Module):
         mask_BT: Float[Array, "B T"],
         activation_parameter_L: Float[Array, "L"],
         *,
+        documents: Documents | None = None,
         count_neurons: bool = False,
     ) -> tuple[Float[Array, "B T V"], FFNStatistics | None]:
         """Logits (float32) and, for a model with FFNs, per-layer statistics over the tokens where mask is 1.
 
-        `activation_parameter_L` is the threshold or shift of each layer (`activation_parameters(model)`).
+        `activation_parameter_L` is the threshold or shift of each layer (`activation_parameters(model)`). With
+        `documents` each document of a sequence gets the logits it has alone.
         """
         embedding_VD = self._gather_table(self.embedding)
         x_BTD = embed(embedding_VD, tokens_BT, self.model, self.options)
 
         def layer(x, block_and_parameter):
             block, parameter = block_and_parameter
-            return block(x, mask_BT, parameter, count_neurons=count_neurons)
+            return block(x, mask_BT, parameter, documents, count_neurons=count_neurons)
 
         body = rematerialise(layer, self.options.remat)
         x_BTD, statistics = jax.lax.scan(

@@ -88,7 +88,7 @@ def shade_lambda(axes: Axes, steps: np.ndarray, values: np.ndarray, *, share: fl
     axes.patch.set_visible(False)
     for spine in right.spines.values():
         spine.set_visible(False)
-    zero_until = steps[np.argmax(values > 0)]
+    zero_until = steps[np.argmax(values > 0)] if values[0] == 0 else 0
     if zero_until > MIN_LABELLED_STAGE * axes.get_xlim()[1]:
         place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
         right.annotate("λ = 0", (zero_until / 2, 0), **place, fontsize=TICK_SIZE, color=LAMBDA_INK)

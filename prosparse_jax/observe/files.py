@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from prosparse_jax.errors import CheckpointError, RecordError
 
 TRAINING_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+_DELETION_ATTEMPTS = 20
 
 
 @contextlib.contextmanager
@@ -38,10 +40,10 @@ def atomic_directory(path: Path, *, needed_bytes: int) -> Iterator[Path]:
     What a killed process left there is deleted first. Raises FileExistsError if `path` is there already, and
     CheckpointError if another process is writing it or there is less room than `needed_bytes`.
     """
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} is there already; delete it or choose another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _sole_writer(path):
+        if path.exists() or path.is_symlink():
+            raise FileExistsError(f"{path} is there already; delete it or choose another directory")
         yield from _written(path, needed_bytes)
 
 
@@ -49,10 +51,10 @@ def atomic_directory(path: Path, *, needed_bytes: int) -> Iterator[Path]:
 def _sole_writer(path: Path) -> Iterator[None]:
     lock = path.parent / f".{path.name}.lock"
     with lock.open("w") as file:
+        # Some network file systems have no such locks: there two writers are the user's business.
+        with contextlib.suppress(OSError):
+            _lock_or_refuse(file.fileno(), path)
         try:
-            # Some network file systems have no such locks: there two writers are the user's business.
-            with contextlib.suppress(OSError):
-                _lock_or_refuse(file.fileno(), path)
             yield
         finally:
             lock.unlink(missing_ok=True)
@@ -79,6 +81,15 @@ def _written(path: Path, needed_bytes: int) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def delete_directory(directory: Path) -> None:
+    """Deletes a directory that threads of a failed save may still be writing to."""
+    for _ in range(_DELETION_ATTEMPTS):
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)  # For a write that was under way: it makes its directory anew.
+        if not directory.exists():
+            return
 
 
 def json_ready(value: object) -> object:

@@ -1,12 +1,17 @@
 """The record of a run: metrics.jsonl, validation.jsonl and TensorBoard, kept consistent over kills and resumes."""
 
+import io
+import logging
 import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
+from prosparse_jax.errors import STORAGE_ERRNOS
 from prosparse_jax.observe.files import TRAINING_FILE, VALIDATION_FILE, atomic_path, json_line, json_ready, read_jsonl
+
+_log = logging.getLogger(__name__)
 
 TENSORBOARD_DIRECTORY = "tensorboard"
 
@@ -14,11 +19,12 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and `validation.jsonl` in a run directory and mirrors them to TensorBoard.
 
-    Only the process that owns the run directory (process 0) may hold one. Every line is flushed, so a killed process
-    loses at most the line it was writing. NaN and infinities are written as null, and left out of TensorBoard.
+    Only the process that owns the run directory (process 0) may hold one. Every line is written at once, so a killed
+    process loses at most that one; on a full disk lines are kept in memory until there is room. NaN and infinities are
+    written as null, and left out of TensorBoard.
 
-    A record is a flat dict with an int `step`, numbers, and lists of one number per layer. Shares such as `sparsity`
-    are between 0 and 1.
+    A record is a dict with an int `step`, numbers, lists of one number per layer, and dicts of one number per source.
+    Shares such as `sparsity` are between 0 and 1.
     """
 
     def __init__(self, run_directory: Path, *, tensorboard: bool, resume_step: int = 0):
@@ -27,9 +33,18 @@ class MetricsWriter:
         What a previous process wrote for later steps is dropped, because this run will write those steps again: the
         files never hold a step twice. Raises ValueError if a file is broken other than in its last line.
         """
-        self._training = _StepFile(run_directory / TRAINING_FILE, resume_step)
-        self._validation = _StepFile(run_directory / VALIDATION_FILE, resume_step)
-        self._tensorboard = _EventFile(run_directory, resume_step) if tensorboard else None
+        self._run_directory, self._with_tensorboard = run_directory, tensorboard
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        self._training = _StepFile(self._run_directory / TRAINING_FILE, resume_step)
+        self._validation = _StepFile(self._run_directory / VALIDATION_FILE, resume_step)
+        self._tensorboard = _EventFile(self._run_directory, resume_step) if self._with_tensorboard else None
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written for steps after `step`: the run has gone back to it."""
+        self.close()
+        self._open(step)
 
     def write_training(self, record: dict) -> None:
         """Appends one training record. Raises ValueError unless `step` is larger than that of the last one."""
@@ -65,7 +80,14 @@ class MetricsWriter:
         record = json_ready(record)  # pyrefly: ignore
         file.append(record)
         if self._tensorboard is not None:
-            self._tensorboard.add(split, record)
+            try:
+                self._tensorboard.add(split, record)
+            except OSError as error:
+                if error.errno not in STORAGE_ERRNOS:
+                    raise
+                # Half an event may be on disk, which readers stop at: the rest of the run is in the JSON Lines files.
+                _log.warning("warning: TensorBoard ends here: its file cannot be written (%s)", error.strerror)
+                self._tensorboard = None
 
 
 class _StepFile:
@@ -76,19 +98,38 @@ class _StepFile:
         kept = [record for record in read_jsonl(path) if record["step"] <= resume_step] if resume_step else []
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json_line(record) for record in kept), encoding="utf-8")
-        self.last_step = kept[-1]["step"] if kept else -1
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self.last_step, self._told = kept[-1]["step"] if kept else -1, False
+        # Unbuffered, so that what a full disk refuses stays here, whole, and is written when there is room again.
+        self._file: io.FileIO = path.open("ab", buffering=0)
+        self._pending = b""
 
     def append(self, record: dict) -> None:
         step = record["step"]
         if step <= self.last_step:
             raise ValueError(f"step {step} after step {self.last_step} in {self.path}: steps must grow")
-        self._file.write(json_line(record))
-        self._file.flush()
+        self._pending += json_line(record).encode()
         self.last_step = step
+        try:
+            self._write_pending()
+        except OSError as error:
+            if error.errno not in STORAGE_ERRNOS:
+                raise
+            if not self._told:
+                _log.warning(
+                    "warning: %s cannot be written (%s); lines are kept until it can", self.path, error.strerror
+                )
+            self._told = True
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError for lines that still cannot be written."""
+        try:
+            self._write_pending()
+        finally:
+            self._file.close()
 
 
 class _EventFile:
@@ -131,10 +172,12 @@ class _EventFile:
 
 
 def _scalars(record: dict) -> list[tuple[str, float]]:
-    """(TensorBoard tag, value) of every number in a record; lists become one tag per layer."""
+    """(TensorBoard tag, value) of every number in a record; lists become one tag per layer, dicts one per name."""
     scalars = []
     for name, value in record.items():
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            entries = [(f"{name}/{key}", entry) for key, entry in value.items()]
+        elif isinstance(value, list):
             entries = [(f"{name}/{index:02d}", entry) for index, entry in enumerate(value)]
         else:
             entries = [(name, value)]

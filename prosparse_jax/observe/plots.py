@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from prosparse_jax.observe import figures
 from prosparse_jax.observe.figures import BLUE, GREEN, GREY, INK, PALETTE, TEXT_SIZE, VERMILION, column
 from prosparse_jax.observe.files import TRAINING_FILE, VALIDATION_FILE, read_jsonl
+from prosparse_jax.observe.source_plots import plot_sources
 
 PLOTS_DIRECTORY = "plots"
 SWEEP_FILE = "threshold_sweep.json"
@@ -49,6 +50,7 @@ def plot_run(run_directory: Path) -> list[Path]:
     if per_layer:
         written.append(folder / "sparsity_by_layer.png")
         plot_sparsity_by_layer(per_layer, written[-1])
+    written += plot_sources(training, validation, folder)
     if sweep is not None:
         written.append(folder / "threshold_sweep.png")
         plot_threshold_sweep(sweep["rows"], sweep["chosen_threshold"], sweep["budget"], written[-1])
@@ -313,7 +315,7 @@ def _threshold_axis(axes: Axes, thresholds: np.ndarray) -> None:
 
 
 def _mark_chosen(top: Axes, bottom: Axes, rows: Sequence[dict], chosen_threshold: float) -> None:
-    """A dotted line through both panels, and its figures where a rising curve leaves room: below or above it."""
+    """A dotted line through both panels, and its figures where a rising curve leaves room: below it."""
     for axes in (top, bottom):
         axes.axvline(chosen_threshold, color=GREY, linewidth=1.2, linestyle=(0, (1, 2)))
     for row in rows:
@@ -322,10 +324,8 @@ def _mark_chosen(top: Axes, bottom: Axes, rows: Sequence[dict], chosen_threshold
         text = f"chosen: t = {chosen_threshold:g}\n{row['sparsity']:.1%} sparse\nperplexity {row['perplexity']:.4g}"
         text = text.replace("%", " %")
         share = bottom.transAxes.inverted().transform(bottom.transData.transform((chosen_threshold, 0.0)))[0]
-        if share < 0.6:
-            _note(bottom, chosen_threshold, 0.0, text, (8, 8), transform="xaxis")
-        else:
-            _note(top, chosen_threshold, 1.0, text, (-8, -46), transform="xaxis", ha="right")
+        offset, side = ((8, 8), "left") if share < 0.6 else ((-8, 8), "right")
+        _note(bottom, chosen_threshold, 0.0, text, offset, transform="xaxis", ha=side)
 
 
 def _note(

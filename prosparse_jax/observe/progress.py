@@ -21,11 +21,12 @@ MIN_BAR, MAX_BAR = 8, 30
 
 
 class Progress:
-    """Shows where a run is: step, loss, L1, λ, sparsity, tokens/s, share of the peak, time left.
+    """Shows where a run is: step, loss, L1, λ, sparsity, tokens/s, share of the peak, wait for data, time left.
 
     A record holds `step` (int, counts from 1) and any of `loss`, `l1`, `lambda`, `sparsity` (0 to 1),
-    `tokens_per_second`, and `mfu` or `share_of_measured_peak` (0 to 1). What is missing is not shown; None and NaN
-    are shown as "nan". A terminal too narrow for all of it loses the bar and the least important columns.
+    `tokens_per_second`, `mfu` or `share_of_measured_peak`, `loader_wait_share` and `packing_efficiency` (0 to 1). What
+    is missing is not shown; None and NaN are shown as "nan". A terminal too narrow for all of it loses the bar and the
+    least important columns.
     """
 
     def __init__(self, total_steps: int, *, start_step: int = 0, console: Console | None = None):
@@ -158,6 +159,8 @@ def _columns(record: dict, lambda_name: str) -> list[_Column]:
         "tokens_per_second": _Column("{:,.0f} tok/s", "", rank=5),
         "mfu": _Column("MFU {:.1%}", "", rank=7),
         "share_of_measured_peak": _Column("{:.0%} of peak", "", rank=7),
+        "loader_wait_share": _Column("wait {:.1%}", "", rank=8),
+        "packing_efficiency": _Column("packed {:.1%}", "", rank=9),
     }
     columns = []
     for name, column in formats.items():

@@ -20,4 +20,5 @@ def l1_scale(
         return 1.0 / (token_count * ffn_width)
     if reduction == "token_sum":
         return 1.0 / token_count
+    assert reduction == "paper", reduction
     return PAPER_SCALE / device_microbatches

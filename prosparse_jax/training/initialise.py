@@ -1,11 +1,12 @@
 """What a run starts from: random weights or those of a checkpoint of either kind, and the tokenizer that fits them."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prosparse_jax.config import Config, ModelConfig
+from prosparse_jax.config import ActivationConfig, Config, ModelConfig
 from prosparse_jax.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_or_train_tokenizer, tokenizer_from_files
 from prosparse_jax.errors import ConfigError, DataError
 from prosparse_jax.interop.hf_reader import CONFIG, GENERATION_CONFIG
@@ -13,6 +14,8 @@ from prosparse_jax.interop.sources import open_source
 from prosparse_jax.interop.weights import WeightSource, load_sharded
 from prosparse_jax.training.setup import Program
 from prosparse_jax.training.state import Parameters, initial_parameters
+
+_log = logging.getLogger(__name__)
 
 # What may differ between a run and the checkpoint it starts from: the activation is what ProSparse replaces, and a
 # width of 0 drops the FFNs.
@@ -63,7 +66,14 @@ def find_source(config: Config) -> WeightSource | None:
                 f"to take that model, put it into the recipe or add: {flags}",
             ]
         )
+    old, new = source.model.activation, config.model.activation
+    if old != new and config.model.ffn_width:
+        _log.info("activation: %s in %s, %s from now on", _told(old), source.location, _told(new))
     return source
+
+
+def _told(activation: ActivationConfig) -> str:
+    return f"{activation.name} {activation.parameter}" if activation.parameter else activation.name
 
 
 def choose_tokenizer(

@@ -1,10 +1,15 @@
-"""The objective of ProSparse: language-model loss plus the L1 penalty."""
+"""The objective of ProSparse: language-model loss plus the L1 penalty, and what is counted by source."""
 
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+
+from prosparse_jax.model.attention import Documents
+from prosparse_jax.sparsity.stats import FFNStatistics
 
 
 class Batch(NamedTuple):
@@ -13,12 +18,82 @@ class Batch(NamedTuple):
     inputs: Int[Array, "*A B T"]
     targets: Int[Array, "*A B T"]
     mask: Float[Array, "*A B T"]
-    """1 where the token is real, 0 where it is padding: padding counts in no loss, penalty or statistic."""
+    """1 where the token is real, 0 where it is padding: penalty and sparsity are over real tokens."""
+    loss_mask: Float[Array, "*A B T"]
+    """1 where the target counts in the loss; 0 on padding, and for instance on a prompt."""
+    source: Int[Array, "*A B"]
+    """Which of the M sources each sequence is from."""
+    documents: Documents | None
+    """With `data.document_masks` only."""
+
+
+class SourceSums(NamedTuple):
+    """Sums over the sequences of each of M sources; they add up over micro-batches, steps and batches."""
+
+    loss_M: Float[Array, "M"]
+    loss_tokens_M: Float[Array, "M"]
+    """Targets that count in the loss."""
+    active_M: Float[Array, "M"]
+    """Non-zero elements of x1, over all layers."""
+    tokens_M: Float[Array, "M"]
+    """Real tokens."""
+
+
+class SourceFigures(NamedTuple):
+    """What the sums of one source come to; NaN where it had nothing to count."""
+
+    loss: float
+    """Mean over the targets that count, nats."""
+    sparsity: float
+    """Mean over layers of the share of exact zeros in x1."""
+    tokens: int
+    """Real tokens."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite for the loss of a model that has blown up."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def ratio(total: float, count: float) -> float:
+    """total / count; NaN without a count."""
+    return total / count if count else math.nan
 
 
 def token_losses(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], mask_BT: Float[Array, "B T"]
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], loss_mask_BT: Float[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """Sum over the real tokens of each sequence of -log p(target), in nats, float32."""
+    """Sum over the counted targets of each sequence of -log p(target), in nats, float32."""
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)
-    return jnp.sum(losses_BT * mask_BT, axis=-1)
+    return jnp.sum(losses_BT * loss_mask_BT, axis=-1)
+
+
+def sums_by_source(
+    batch: Batch, loss_B: Float[Array, "B"], statistics: FFNStatistics | None, sources: int
+) -> SourceSums:
+    """Adds up what each sequence of a micro-batch (B, T) has, by its source. A source from `sources` on is in no sum."""
+    active_B = jnp.zeros_like(loss_B) if statistics is None else jnp.sum(statistics.active_count_B, axis=0)
+    figures_B = (loss_B, jnp.sum(batch.loss_mask, axis=-1), active_B, jnp.sum(batch.mask, axis=-1))
+    member_BM = jax.nn.one_hot(batch.source, sources, dtype=jnp.float32)
+    return SourceSums(*(jnp.sum(member_BM * figure_B[:, None], axis=0) for figure_B in figures_B))
+
+
+def figures_by_source(sums: SourceSums, neurons: int) -> list[SourceFigures]:
+    """Figures of each source from sums on the host; `neurons` are those of all layers, L * F."""
+    columns = [column.tolist() for column in sums]
+    return [
+        SourceFigures(
+            loss=ratio(loss, loss_tokens),
+            sparsity=1.0 - ratio(active, tokens * neurons),
+            tokens=round(tokens),
+        )
+        for loss, loss_tokens, active, tokens in zip(*columns, strict=True)
+    ]

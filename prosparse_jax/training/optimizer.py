@@ -22,6 +22,8 @@ def learning_rate_schedule(optimizer: OptimizerConfig, steps: int) -> optax.Sche
             end_value=optimizer.peak_lr * optimizer.floor,
         )
 
+    assert optimizer.schedule == "wsd", optimizer.schedule
+
     def wsd(step):
         warmup = jnp.minimum(step / max(optimizer.warmup_steps, 1), 1.0)
         decay = 0.5 ** (jnp.maximum(step - optimizer.wsd_decay_start, 0) / optimizer.wsd_half_life)

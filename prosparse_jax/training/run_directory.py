@@ -11,6 +11,7 @@ from prosparse_jax import checkpoint
 from prosparse_jax.config import Config
 from prosparse_jax.config_io import config_from_dict, config_to_dict
 from prosparse_jax.errors import ConfigError
+from prosparse_jax.parallel import distributed
 
 CHECKPOINTS = "checkpoints"
 
@@ -76,10 +77,18 @@ def step_to_resume(
 ) -> int | None:
     """The saved step that this run continues from, or None to start anew.
 
-    Raises ConfigError when a run is there and `resume` is false, or when its model, seed, sequence shape or L1
-    reduction differ from the config's. Other changed fields are reported through `say`.
+    Checkpoints that are damaged are passed over, which is said. Raises ConfigError when a run is there and `resume` is
+    false, or when its model, seed, sequence shape or L1 reduction differ from the config's, and CheckpointError when all
+    checkpoints are damaged. Other changed fields are reported through `say`.
     """
     directory, latest = run_directory(config), store.latest_step()
+    if checkpoint.is_checkpoint(directory):
+        raise ConfigError(
+            [
+                f"{directory} is itself a checkpoint, which would hide those of a run in it; choose another "
+                "--run-directory or --name"
+            ]
+        )
     if latest is None:
         if resume:
             say(f"no checkpoint in {directory} yet: starting at step 0")
@@ -91,6 +100,8 @@ def step_to_resume(
                 "--run-directory or --name, or delete the folder"
             ]
         )
+    latest = distributed.from_first("find a sound checkpoint", lambda: store.newest_sound_step(say))
+    assert latest is not None
     path = checkpoint.find_checkpoint(store.directory)
     stored = config_from_dict(checkpoint.read_config(path), source=str(path))
     changed = [
@@ -107,4 +118,5 @@ def step_to_resume(
         raise ConfigError(fixed)
     for line in changed:
         say(f"resuming with a changed config: {line}")
+    say(f"resuming from the checkpoint of step {latest}")
     return latest

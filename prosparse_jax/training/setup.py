@@ -1,7 +1,7 @@
 """Everything static of a run: mesh, model, optimizer, and the two compiled programs, built from a config."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from prosparse_jax import config_checks
-from prosparse_jax.config import Config
+from prosparse_jax.config import Config, MeshConfig
+from prosparse_jax.data.sources import source_names
 from prosparse_jax.evaluation.validation import Validate, make_validate
+from prosparse_jax.model.attention import Documents
 from prosparse_jax.model.transformer import RunOptions
 from prosparse_jax.parallel.mesh import make_mesh
 from prosparse_jax.training.losses import Batch
@@ -27,6 +29,7 @@ class Program:
     """What a run computes, before any weight exists. Use it under `jax.set_mesh(program.mesh)`."""
 
     config: Config
+    """With the mesh as it is."""
     mesh: Mesh
     options: RunOptions
     graphdef: nnx.GraphDef
@@ -49,32 +52,60 @@ class Program:
         )
         return _placed(state, self.mesh)
 
-    def _batch_sharding(self, rank: int) -> NamedSharding:
-        spec = self.options.sharding.activation(2)
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * (rank - 2), *spec))
+    def _batch_sharding(self, rank: int, batch_axis: int) -> NamedSharding:
+        spec = self.options.sharding.activation(rank - batch_axis)
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, *spec))
 
     def abstract_batch(self) -> Batch:
         """Shapes of one step's batch, (A, B, T)."""
         training = self.config.training
         shape = (training.microbatches, self.micro_batch, training.sequence_length)
-        sharding = self._batch_sharding(3)
-        tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-        return Batch(tokens, tokens, mask)
+
+        def array(shape: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._batch_sharding(len(shape), 1))
+
+        tokens, mask, source = array(shape, jnp.int32), array(shape, jnp.float32), array(shape[:2], jnp.int32)
+        documents = Documents(tokens, tokens) if self.config.data.document_masks else None
+        return Batch(tokens, tokens, mask, mask, source, documents)
 
     def place_step_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """Host arrays `inputs`, `targets`, `mask` of shape (sequences, T) -> micro-batches (A, B, T) on the mesh."""
-        training = self.config.training
-        return self._place({name: x.reshape(training.microbatches, -1, x.shape[-1]) for name, x in arrays.items()})
+        """A loader's batch (data/loader.py) of the sequences of one step -> micro-batches (A, B, T) on the mesh.
+
+        With several processes each gives its own part of the sequences.
+        """
+        micro_batches = self.config.training.microbatches
+        parts = {name: x.reshape(micro_batches, -1, *x.shape[1:]) for name, x in arrays.items()}
+        return self._place(parts, 1, jax.make_array_from_process_local_data)
 
     def place_validation_batch(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """Host arrays `inputs`, `targets`, `mask` of shape (B, T) on the mesh."""
-        return self._place(arrays)
+        """A loader's batch (B, T), the same in every process, on the mesh."""
+        return self._place(
+            arrays, 0, lambda sharding, x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        )
 
-    def _place(self, arrays: Mapping[str, np.ndarray]) -> Batch:
-        sharding = self._batch_sharding(arrays["inputs"].ndim)
-        inputs, targets = (jax.device_put(arrays[name], sharding) for name in ("inputs", "targets"))
-        return Batch(inputs, targets, jax.device_put(arrays["mask"].astype(np.float32), sharding))
+    def _place(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        batch_axis: int,
+        put: Callable[[NamedSharding, np.ndarray], jax.Array],
+    ) -> Batch:
+        def placed(name: str, dtype: Any) -> jax.Array:
+            array = arrays[name].astype(dtype, copy=False)
+            return put(self._batch_sharding(array.ndim, batch_axis), array)
+
+        # The loop forbids implicit transfers; these are meant.
+        with jax.transfer_guard_host_to_device("allow"):
+            documents = None
+            if self.config.data.document_masks:
+                documents = Documents(placed("segments", np.int32), placed("positions", np.int32))
+            return Batch(
+                inputs=placed("inputs", np.int32),
+                targets=placed("targets", np.int32),
+                mask=placed("mask", np.float32),
+                loss_mask=placed("loss_mask", np.float32),
+                source=placed("source", np.int32),
+                documents=documents,
+            )
 
     def lower_train_step(self) -> jax.stages.Lowered:
         """The step lowered from shapes alone: no weight is made, so it works for a model that fits nowhere."""
@@ -97,6 +128,8 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
     devices = jax.devices() if devices is None else devices
     config_checks.check(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
+    # As numbers, so that a checkpoint says how many devices its run had.
+    config = dataclasses.replace(config, mesh=MeshConfig(**mesh.shape))
     options = run_options(config, devices[0].platform)
     with jax.set_mesh(mesh):
         graphdef, abstract_parameters = abstract_model(config, options)
@@ -110,5 +143,5 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
         abstract_parameters=_placed(abstract_parameters, mesh),
         transformation=transformation,
         train_step=jax.jit(step, donate_argnums=0),
-        validate=make_validate(config.model, graphdef),
+        validate=make_validate(config.model, graphdef, len(source_names(config.data))),
     )

@@ -37,7 +37,9 @@ def run_options(config: Config, platform: str) -> RunOptions:
         dtype = "float32" if platform == "cpu" else "bfloat16"
     return RunOptions(
         compute_dtype=jnp.dtype(dtype),
-        attention=choose_attention(training.attention, platform, config.model.head_width, dtype),
+        attention=choose_attention(
+            training.attention, platform, config.model.head_width, dtype, document_masks=config.data.document_masks
+        ),
         remat=training.remat,
         layer_unroll=training.layer_unroll,
     )

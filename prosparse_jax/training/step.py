@@ -10,11 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from prosparse_jax.config import Config
+from prosparse_jax.data.sources import source_names
 from prosparse_jax.model.transformer import activation_parameters
 from prosparse_jax.sparsity.penalty import l1_scale
 from prosparse_jax.sparsity.schedule import l1_schedule
 from prosparse_jax.sparsity.stats import sparsity_per_layer
-from prosparse_jax.training.losses import Batch, token_losses
+from prosparse_jax.training.losses import Batch, SourceSums, sums_by_source, token_losses
 from prosparse_jax.training.optimizer import learning_rate_schedule
 from prosparse_jax.training.state import Parameters, TrainState
 
@@ -23,7 +24,7 @@ class StepMetrics(NamedTuple):
     """Scalars of one step unless a shape is given; they stay on the device until a log line asks for them."""
 
     loss: Float[Array, ""]
-    """Mean language-model loss over real tokens, nats."""
+    """Mean language-model loss over the targets that count, nats."""
     l1: Float[Array, ""]
     """The penalty before its factor λ, in the unit of the configured reduction, summed over layers."""
     mean_abs_intermediate: Float[Array, ""]
@@ -36,8 +37,11 @@ class StepMetrics(NamedTuple):
     sparsity_L: Float[Array, "L"]
     """Share of exact zeros in x1 per layer."""
     tokens: Float[Array, ""]
+    """Real tokens."""
     skipped_updates: Float[Array, ""]
     """Updates skipped since the run began."""
+    sources: SourceSums
+    """What this step had of each source."""
 
 
 class _Sums(NamedTuple):
@@ -46,39 +50,44 @@ class _Sums(NamedTuple):
     loss: Float[Array, ""]
     absolute_L: Float[Array, "L"]
     active_L: Float[Array, "L"]
+    sources: SourceSums
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def _step_gradients(config: Config, graphdef: nnx.GraphDef) -> Callable[..., tuple[Parameters, _Sums]]:
-    """Builds (parameters, batch (A, B, T), token_count, penalty_factor) -> gradients and sums of the whole step."""
-    model_config = config.model
+    """Builds (parameters, batch (A, B, T), loss_tokens, penalty_factor) -> gradients and sums of the whole step."""
+    model_config, sources = config.model, len(source_names(config.data))
     zeros_L = jnp.zeros((model_config.num_layers,), jnp.float32)
 
-    def micro_objective(parameters: Parameters, batch: Batch, token_count, penalty_factor):
+    def micro_objective(parameters: Parameters, batch: Batch, loss_tokens, penalty_factor):
         """This micro-batch's part of the step's objective: parts add up, whatever their sizes."""
         model = nnx.merge(graphdef, parameters)
-        logits_BTV, statistics = model(batch.inputs, batch.mask, activation_parameters(model_config))
-        loss_sum = jnp.sum(token_losses(logits_BTV, batch.targets, batch.mask))
-        sums = _Sums(loss_sum, zeros_L, zeros_L)
+        logits_BTV, statistics = model(
+            batch.inputs, batch.mask, activation_parameters(model_config), documents=batch.documents
+        )
+        loss_B = token_losses(logits_BTV, batch.targets, batch.loss_mask)
+        loss_sum, by_source = jnp.sum(loss_B), sums_by_source(batch, loss_B, statistics, sources)
+        sums = _Sums(loss_sum, zeros_L, zeros_L, by_source)
         if statistics is not None:
             absolute_L = jnp.sum(statistics.absolute_sum_B, axis=-1)
-            sums = _Sums(loss_sum, absolute_L, jnp.sum(statistics.active_count_B, axis=-1))
-        return loss_sum / token_count + penalty_factor * jnp.sum(sums.absolute_L), sums
+            sums = _Sums(loss_sum, absolute_L, jnp.sum(statistics.active_count_B, axis=-1), by_source)
+        return loss_sum / loss_tokens + penalty_factor * jnp.sum(sums.absolute_L), sums
 
     gradient = jax.grad(micro_objective, has_aux=True)
 
-    def accumulated(parameters: Parameters, batch: Batch, token_count, penalty_factor):
+    def accumulated(parameters: Parameters, batch: Batch, loss_tokens, penalty_factor):
         """Adds up in float32 over the micro-batches."""
         if config.training.microbatches == 1:
-            return gradient(parameters, jax.tree.map(lambda x: x[0], batch), token_count, penalty_factor)
+            return gradient(parameters, jax.tree.map(lambda x: x[0], batch), loss_tokens, penalty_factor)
 
         def add(totals, micro_batch):
-            parts = gradient(parameters, micro_batch, token_count, penalty_factor)
+            parts = gradient(parameters, micro_batch, loss_tokens, penalty_factor)
             return jax.tree.map(jnp.add, totals, parts), None
 
-        start = (jax.tree.map(jnp.zeros_like, parameters), _Sums(jnp.zeros(()), zeros_L, zeros_L))
+        no_sources = SourceSums(*[jnp.zeros((sources,), jnp.float32)] * len(SourceSums._fields))
+        start = (jax.tree.map(jnp.zeros_like, parameters), _Sums(jnp.zeros(()), zeros_L, zeros_L, no_sources))
         return jax.lax.scan(add, start, batch)[0]
 
     return accumulated
@@ -100,13 +109,14 @@ def make_train_step(
         step = state.step + 1
         factor, rate = factor_schedule(step), rate_schedule(step)
         token_count = jnp.maximum(jnp.sum(batch.mask), 1.0)
+        loss_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
         scale = l1_scale(
             config.sparsity.reduction,
             token_count=token_count,
             ffn_width=ffn_width,
             device_microbatches=batch_shards * config.training.microbatches,
         )
-        gradients, sums = step_gradients(state.parameters, batch, token_count, factor * scale)
+        gradients, sums = step_gradients(state.parameters, batch, loss_tokens, factor * scale)
         gradient_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(gradient_norm) & jnp.isfinite(sums.loss)
         direction, optimizer = transformation.update(gradients, state.optimizer, state.parameters)
@@ -115,7 +125,7 @@ def make_train_step(
         skipped = state.skipped_updates + jnp.where(finite, 0, 1)
         absolute = jnp.sum(sums.absolute_L)
         metrics = StepMetrics(
-            loss=sums.loss / token_count,
+            loss=sums.loss / loss_tokens,
             l1=absolute * scale,
             mean_abs_intermediate=absolute / (token_count * ffn_width * config.model.num_layers),
             l1_factor=jnp.asarray(factor, jnp.float32),
@@ -124,6 +134,7 @@ def make_train_step(
             sparsity_L=sparsity_per_layer(sums.active_L, token_count, config.model.ffn_width),
             tokens=token_count,
             skipped_updates=skipped,
+            sources=sums.sources,
         )
         new_state = TrainState(
             parameters=jax.tree.map(keep_old, parameters, state.parameters),

@@ -4,11 +4,13 @@ Order inside the loop is an invariant: evaluate, save, next batch, step, log. Th
 so a checkpoint holds the state and the iterator of the same step, and a resumed run repeats nothing and skips nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,24 +21,30 @@ from rich.console import Console
 from prosparse_jax import checkpoint, config_checks
 from prosparse_jax.config import Config
 from prosparse_jax.config_io import config_to_dict
-from prosparse_jax.data.loader import training_iterator, validation_batches
-from prosparse_jax.data.token_cache import prepare_tokens
-from prosparse_jax.errors import ConfigError
-from prosparse_jax.evaluation.validation import Validation, run_validation
-from prosparse_jax.interop.huggingface import tokenizer_notes
+from prosparse_jax.data.sources import source_names
+from prosparse_jax.errors import SaveError, TroubleError
+from prosparse_jax.evaluation.report import source_table
+from prosparse_jax.evaluation.validation import run_validation
 from prosparse_jax.interop.weights import WeightSource
 from prosparse_jax.model.transformer import activation_parameters
 from prosparse_jax.observe.files import TRAINING_FILE, VALIDATION_FILE, read_jsonl, write_json_atomic
 from prosparse_jax.observe.flops import Peak, model_flops_per_token, peak_flops
+from prosparse_jax.observe.goodput import CompileCounter, Goodput
 from prosparse_jax.observe.metrics import MetricsWriter
 from prosparse_jax.observe.plots import plot_run
+from prosparse_jax.observe.profiler import ProfilerWindow, explaining_out_of_memory
 from prosparse_jax.observe.progress import Progress, standard_console
-from prosparse_jax.training.initialise import assets_to_keep, choose_tokenizer, find_source, starting_parameters
+from prosparse_jax.parallel import distributed
+from prosparse_jax.training.initialise import starting_parameters
+from prosparse_jax.training.inputs import checked_program, read_inputs
 from prosparse_jax.training.interrupt import StopRequest
+from prosparse_jax.training.records import source_rows, training_record, validation_record
 from prosparse_jax.training.run_directory import CHECKPOINTS, claimed, run_directory, step_to_resume
-from prosparse_jax.training.setup import Program, build_program
+from prosparse_jax.training.setup import Program
 from prosparse_jax.training.state import TrainState, initial_state
 from prosparse_jax.training.step import StepMetrics
+from prosparse_jax.training.survival import Health, LoaderWatch, Rollbacks, Trouble
+from prosparse_jax.training.telemetry import WAIT_LINES, Telemetry
 
 
 class RunResult(NamedTuple):
@@ -47,70 +55,7 @@ class RunResult(NamedTuple):
     interrupted: bool
     """A signal stopped it before its last step; its state is saved and it can be resumed."""
     summary: dict[str, Any]
-    """What summary.json holds."""
-
-
-class _Rate:
-    """Tokens per second of training alone: validation, saving and compiling do not count."""
-
-    def __init__(self) -> None:
-        self._tokens = self._total_tokens = 0
-        self._seconds = self._total_seconds = 0.0
-        self._mark = time.perf_counter()
-
-    def start(self) -> None:
-        """Time counts from now on."""
-        self._mark = time.perf_counter()
-
-    def stop(self) -> None:
-        """Time does not count until `start`."""
-        self._seconds += time.perf_counter() - self._mark
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def take(self) -> float:
-        """Tokens per second since the last call."""
-        self.stop()
-        tokens, seconds = self._tokens, self._seconds
-        self._total_tokens, self._total_seconds = self._total_tokens + tokens, self._total_seconds + seconds
-        self._tokens, self._seconds = 0, 0.0
-        self.start()
-        return tokens / seconds
-
-    def mean(self) -> float:
-        """Tokens per second over all that was taken; 0 before anything was."""
-        return self._total_tokens / self._total_seconds if self._total_seconds else 0.0
-
-
-def training_record(step: int, metrics: StepMetrics, tokens_per_second: float) -> dict[str, Any]:
-    """One line of metrics.jsonl from the metrics of step `step`, already on the host."""
-    return {
-        "step": step,
-        "loss": float(metrics.loss),
-        "l1": float(metrics.l1),
-        "lambda": float(metrics.l1_factor),
-        "sparsity": float(np.mean(metrics.sparsity_L)),
-        "learning_rate": float(metrics.learning_rate),
-        "tokens_per_second": tokens_per_second,
-        "gradient_norm": float(metrics.gradient_norm),
-        "mean_abs_intermediate": float(metrics.mean_abs_intermediate),
-        "skipped_updates": int(metrics.skipped_updates),
-        "sparsity_per_layer": [float(share) for share in metrics.sparsity_L],
-    }
-
-
-def validation_record(step: int, validation: Validation) -> dict[str, Any]:
-    """One line of validation.jsonl."""
-    return {
-        "step": step,
-        "loss": validation.loss,
-        "perplexity": validation.perplexity,
-        "sparsity": validation.sparsity,
-        "never_fired_share": validation.never_fired_share,
-        "tokens": validation.tokens,
-        "sparsity_per_layer": validation.sparsity_per_layer,
-    }
+    """What summary.json holds; empty in all processes but the first."""
 
 
 @dataclasses.dataclass
@@ -123,49 +68,83 @@ class _Loop:
     validation_arrays: list[dict[str, np.ndarray]]
     assets: Mapping[str, bytes]
     store: checkpoint.CheckpointStore
-    writer: MetricsWriter
+    writer: MetricsWriter | None
+    """None in all processes but the first."""
     progress: Progress
     peak: Peak
     start: int
     """Steps done before this process."""
-    rate: _Rate = dataclasses.field(default_factory=_Rate)
+    goodput: Goodput
+    rollbacks: Rollbacks
+    telemetry: Telemetry
     skipped_updates: int = 0
+    health: Health = dataclasses.field(init=False)
+    saved: int = dataclasses.field(init=False)
+    """Step up to which checkpoints are there."""
+    unsaved: SaveError | None = None
 
     def run(self) -> tuple[int, bool]:
         """Steps from `start` to the end, or to a stop request; returns the step reached and whether it was stopped."""
         config, step = self.program.config, self.start
-        compiled = self._compile()
-        # Those of a resumed run were reported before.
-        self.skipped_updates = int(self.state.skipped_updates)
-        with StopRequest() as stop, jax.transfer_guard("disallow"):
-            self.rate.start()
-            while True:
-                done, stopping = step == config.training.steps, stop.requested
-                # A run that is asked to stop saves at once, since it may be killed soon; what validation is due at this
-                # step, the resumed run does first.
-                validates = done or (step % config.logging.evaluate_every == 0 and not stopping)
-                # A resumed step is saved already; step 0 is quicker to make anew than to read.
-                saves = step > self.start and (done or stopping or step % config.checkpoint.every == 0)
-                if validates or saves:
-                    # Steps that still run count as training.
-                    jax.block_until_ready(self.state.step)
-                self.rate.stop()
-                if validates:
-                    self._validate(step)
-                if saves:
-                    self._save(step)
-                self.rate.start()
-                if done or stopping:
-                    return step, not done
-                batch = self.program.place_step_batch(next(self.iterator))
-                self.state, metrics = compiled(self.state, batch)
-                step += 1
-                self.rate.add(config.training.sequences_per_step * config.training.sequence_length)
-                if step % config.logging.every == 0 or step == config.training.steps:
-                    self._log(step, jax.device_get(metrics))
+        directory, say = run_directory(config), self.progress.message
+        if not distributed.is_first():
+            # Its own loader and its own profile are nobody else's to report.
+            say = functools.partial(print, f"process {jax.process_index()}:", file=sys.stderr)
+        profile = {"start": config.logging.profile_start, "steps": config.logging.profile_steps, "say": say}
+        source = ", ".join(config.data.paths or source_names(config.data))
+        with (
+            StopRequest(config.survival.grace_seconds) as stop,
+            explaining_out_of_memory(directory),
+            ProfilerWindow(directory, **profile) as profiler,
+            LoaderWatch(config.survival.loader_patience_seconds, source, say) as watch,
+        ):
+            compiled = self._compile()
+            stop.ready()
+            self._look_at_health_from(step)
+            self.goodput.charge("step")
+            with jax.transfer_guard("disallow"):
+                return self._steps(compiled, stop, profiler, watch)
+
+    def _steps(
+        self, compiled: jax.stages.Compiled, stop: StopRequest, profiler: ProfilerWindow, watch: LoaderWatch
+    ) -> tuple[int, bool]:
+        config, step = self.program.config, self.start
+        self.saved = step
+        self.telemetry.start()
+        while True:
+            done, stopping = step == config.training.steps, stop.requested()
+            # A run that is asked to stop saves at once, since it may be killed soon; what validation is due at this
+            # step, the resumed run does first.
+            validates = done or (step % config.logging.evaluate_every == 0 and not stopping)
+            # The step of a resume or a rollback is saved already; step 0 is quicker to make anew than to read.
+            saves = step > self.saved and (done or stopping or step % config.checkpoint.every == 0)
+            if validates or saves:
+                # Steps that still run count as training.
+                jax.block_until_ready(self.state.step)
+            self.telemetry.stop()
+            if validates:
+                self._validate(step)
+            if saves:
+                self._save(step, last=done or stopping)
+            self.telemetry.start()
+            if done or stopping:
+                return step, not done
+            profiler.at(step, self.state.step)
+            with watch.waiting(), self.goodput.spent("data"):
+                arrays = self.telemetry.next_batch(self.iterator, self.state.step)
+            self.state, metrics = compiled(self.state, self.program.place_step_batch(arrays))
+            step += 1
+            self.telemetry.add(metrics)
+            if step % config.logging.every == 0 or step == config.training.steps:
+                trouble = self._log(step, jax.device_get(metrics))
+                if trouble is not None:
+                    self.telemetry.stop()
+                    step = self._after_trouble(trouble)
+                    self.telemetry.start()
 
     def _compile(self) -> jax.stages.Compiled:
         began = time.perf_counter()
+        self.goodput.charge("compile")
         compiled = self.program.lower_train_step().compile()
         self.progress.message(f"compiled the training step in {time.perf_counter() - began:.1f} s")
         return compiled
@@ -173,44 +152,138 @@ class _Loop:
     def _validate(self, step: int) -> None:
         model = self.program.config.model
         batches = map(self.program.place_validation_batch, self.validation_arrays)
-        with jax.transfer_guard("allow"):
+        with self.goodput.spent("validation"), jax.transfer_guard("allow"):
             settings_SL = activation_parameters(model)[None, :]
             validation = run_validation(
                 self.program.validate, self.state.parameters, batches, settings_SL, model.ffn_width
             )[0]
-        record = validation_record(step, validation)
-        self.writer.write_validation(record)
+        record = validation_record(step, validation, source_names(self.program.config.data))
+        if self.writer is not None:
+            self.writer.write_validation(record)
         sparsity = f"  sparsity {100 * record['sparsity']:.1f} %" if model.ffn_width else ""
         self.progress.message(
             f"step {step}: validation loss {record['loss']:.4f}  perplexity {record['perplexity']:.2f}{sparsity}"
         )
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, last: bool) -> None:
+        """Starts a save, and ends it if it is the last. One that fails is told; the run goes on to the next."""
         state = self.state
-        self.store.save(
-            step,
-            parameters=state.parameters,
-            optimizer=state._replace(parameters={}),
-            data_iterator=self.iterator,
-            config=config_to_dict(self.program.config),
-            assets=self.assets,
+        with self.goodput.spent("save"):
+            self._end_save()
+            with self._failing_aloud(last):
+                self.store.save(
+                    step,
+                    parameters=state.parameters,
+                    optimizer=state._replace(parameters={}),
+                    data_iterator=self.iterator,
+                    config=config_to_dict(self.program.config),
+                    assets=self.assets,
+                )
+                self.unsaved = None
+            if last:
+                self._end_save(last)
+
+    def _end_save(self, last: bool = False) -> None:
+        with self._failing_aloud(last):
+            self.store.wait()
+
+    @contextlib.contextmanager
+    def _failing_aloud(self, last: bool) -> Iterator[None]:
+        """The failure of the last save is reported by `train`, of any other here."""
+        failure: SaveError | None = None
+        try:
+            yield
+        except SaveError as error:
+            failure = error
+        except distributed.OtherProcessError as error:
+            failure = SaveError(str(error))
+        if distributed.any_process(failure is not None):
+            self.unsaved = failure or SaveError("another process could not write its part of the checkpoint")
+            if not last:
+                self.progress.message(f"warning: {self.unsaved}\nThe run goes on, and saves again when that is due.")
+
+    def _look_at_health_from(self, step: int) -> None:
+        """Judges log lines from now on, with those up to `step` behind."""
+        # Those of a resumed run were reported before.
+        self.skipped_updates = int(self.state.skipped_updates)
+        records = read_jsonl(run_directory(self.program.config) / TRAINING_FILE)
+        losses = [record["loss"] for record in records if record["step"] <= step]
+        self.health = Health(self.program.config.survival, step, self.skipped_updates, losses)
+
+    def _after_trouble(self, trouble: Trouble) -> int:
+        """Reports it; goes back or stops, as configured. Returns the step to go on from. Raises TroubleError to stop."""
+        survival = self.program.config.survival
+        self.progress.message(f"warning: {trouble.message} ({self.rollbacks.batches(trouble)} of the training order)")
+        spike = trouble.kind == "spike"
+        if survival.on_trouble == "stop" and spike:
+            return trouble.last
+        with self.goodput.spent("save"):
+            self._end_save()
+        target = self.store.newest_step_until(trouble.healthy_step)
+        may_go_back = survival.on_trouble == "rollback" and len(self.rollbacks.entries) < survival.max_rollbacks
+        if may_go_back and target is not None:
+            self._roll_back(trouble, target)
+            return target
+        if may_go_back and spike:
+            self.progress.message("no checkpoint from before it is left to go back to: the run goes on")
+            return trouble.last
+        saved = "nothing is saved" if target is None else f"the checkpoint of step {target} is from before that"
+        rollbacks = f", after {len(self.rollbacks.entries)} rollbacks" if self.rollbacks.entries else ""
+        raise TroubleError(
+            f"stopped{rollbacks}: {trouble.message} ({self.rollbacks.batches(trouble)} of the training order); {saved}. "
+            "Look at those batches, lower optimizer.peak_lr, or resume with --survival.on-trouble rollback, which skips them"
         )
 
-    def _log(self, step: int, metrics: StepMetrics) -> None:
-        config, tokens_per_second = self.program.config, self.rate.take()
-        record = training_record(step, metrics, tokens_per_second)
+    def _roll_back(self, trouble: Trouble, target: int) -> None:
+        """The state of step `target` again, and no later one on disk; the data goes on after the trouble."""
+        directory = run_directory(self.program.config)
+        with self.goodput.spent("rollback"), jax.transfer_guard("allow"):
+            if distributed.is_first():
+                self.store.discard_after(target)
+            # Two states at once may not fit.
+            for leaf in jax.tree.leaves((self.state.parameters, self.state.optimizer)):
+                leaf.delete()
+            self.state, self.saved = _restored(self.program, self.store, target, None), target
+            self.rollbacks.add(trouble, target)
+            if self.writer is not None:
+                self.rollbacks.write(directory)
+                self.writer.rewind(target)
+            distributed.any_process(False)  # The others read the record only after it has been cut.
+            self._look_at_health_from(target)
+        self.progress.message(
+            f"back to the checkpoint of step {target}; the {trouble.last - target} batches since then are skipped"
+        )
+
+    def _log(self, step: int, metrics: StepMetrics) -> Trouble | None:
+        config, interval = self.program.config, self.telemetry.take()
+        record = training_record(
+            step,
+            metrics,
+            interval,
+            source_names=source_names(config.data),
+            neurons=config.model.num_layers * config.model.ffn_width,
+            iterator=self.iterator,
+        )
         flops = model_flops_per_token(config.model, config.training.sequence_length)
-        record[self.peak.metric] = self.peak.share(tokens_per_second * flops, self.program.mesh.size)
-        self.writer.write_training(record)
-        # A model without FFNs has no sparsity to show.
-        hidden = () if config.model.ffn_width else ("sparsity", "l1")
+        record[self.peak.metric] = self.peak.share(interval.tokens_per_second * flops, self.program.mesh.size)
+        if self.writer is not None:
+            self.writer.write_training(record)
+        # A model without FFNs has no sparsity to show; sequences without padding need no word.
+        hidden = set() if config.model.ffn_width else {"sparsity", "l1"}
+        hidden |= set() if interval.packing_efficiency < 1 else {"packing_efficiency"}
         self.progress.update({name: value for name, value in record.items() if name not in hidden})
+        if (share := self.telemetry.slow_loader()) is not None:
+            self.progress.message(
+                f"warning: step {step}: over the last {WAIT_LINES} lines training waited {100 * share:.1f} % of the time "
+                "for data; prepare the tokens beforehand, keep them on a faster disk, or leave more CPU cores free"
+            )
         if record["skipped_updates"] > self.skipped_updates:
             self.progress.message(
                 f"step {step}: {record['skipped_updates'] - self.skipped_updates} updates skipped since the last line, "
                 "because their loss or gradient was not finite; if it goes on, lower optimizer.peak_lr"
             )
         self.skipped_updates = record["skipped_updates"]
+        return self.health.observe(step, record["loss"], record["skipped_updates"])
 
 
 def _starting_state(
@@ -225,6 +298,11 @@ def _starting_state(
         parameters = starting_parameters(program, source)
         make = jax.jit(lambda weights: initial_state(weights, program.transformation, program.config.seed))
         return make(parameters)
+    return _restored(program, store, step, iterator)
+
+
+def _restored(program: Program, store: checkpoint.CheckpointStore, step: int, iterator: Any) -> TrainState:
+    """The state of a saved step on the program's mesh; sets the iterator, unless it is None."""
     abstract = program.abstract_state()
     parameters, rest = store.restore(
         step, parameters=abstract.parameters, optimizer=abstract._replace(parameters={}), data_iterator=iterator
@@ -235,79 +313,85 @@ def _starting_state(
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> RunResult:
     """Runs `config` to its last step, or until SIGINT or SIGTERM, and writes everything into its run directory.
 
-    `resume` continues from the newest checkpoint there, bit-exactly on the same devices. Raises ConfigError,
-    DataError, CheckpointError or FileNotFoundError for what a user can mend.
+    `resume` continues from the newest sound checkpoint there, bit-exactly on the same devices. Several processes
+    (`distributed.connect`) all call it. Raises ConfigError, DataError, CheckpointError, TroubleError, OutOfMemoryError or
+    FileNotFoundError for what a user can mend; SaveError at the end if the last checkpoint could not be written.
     """
-    console = console or standard_console()
+    first = distributed.is_first()
+    console = console or (standard_console() if first else Console(quiet=True))
     # Rich would break a path in two at the width of the terminal.
     say = functools.partial(console.print, soft_wrap=True)
-    began = time.perf_counter()
-    # A run that continues has its weights: it no longer needs what it started from.
-    files = config_checks.missing_files(dataclasses.replace(config, init_from="") if resume else config)
-    if found := [*files, *config_checks.problems(config, jax.device_count())]:
-        raise ConfigError(found)
-    program = build_program(config)
+    goodput, directory = Goodput(), run_directory(config)
+    with distributed.together("use the configuration"):
+        program = checked_program(config, resume=resume)
+    distributed.check_same_everywhere(config_to_dict(config))
     for warning in config_checks.warnings(config):
         say(f"warning: {warning}")
-    directory, training = run_directory(config), config.training
-    # Before anything is made or read: init_from may not fit. A run that continues does not need it.
-    source = None if resume else find_source(config)
-    with (
-        claimed(directory),
-        jax.set_mesh(program.mesh),
-        checkpoint.CheckpointStore(directory / CHECKPOINTS, keep=config.checkpoint.keep) as store,
-    ):
-        saved = step_to_resume(config, store, resume=resume, say=say)
-        if saved is None and resume:
-            source = find_source(config)
-        for note in tokenizer_notes(source) if source and not config.data.tokenizer else ():
-            say(note)
-        assets = source.assets if source else None
-        if saved is not None:
-            assets = checkpoint.read_assets(store.directory / str(saved))
-        tokenizer = choose_tokenizer(config, assets, config.init_from or str(directory), say)
-        tokens = prepare_tokens(config.data, tokenizer)
-        iterator = training_iterator(
-            tokens.train,
-            sequence_length=training.sequence_length,
-            batch_size=training.sequences_per_step,
-            seed=config.seed,
-        )
-        validation_arrays = validation_batches(
-            tokens.validation,
-            sequence_length=training.sequence_length,
-            batch_size=program.micro_batch,
-            sequences=config.logging.evaluation_sequences,
-        )
-        state = _starting_state(program, store, saved, source, iterator)
-        start = saved or 0
-        write_json_atomic(directory / "config.json", config_to_dict(config))
-        with (
-            MetricsWriter(directory, tensorboard=config.logging.tensorboard, resume_step=start) as writer,
-            Progress(training.steps, start_step=start, console=console) as progress,
-        ):
-            loop = _Loop(
-                program, state, iterator, list(validation_arrays), assets_to_keep(tokenizer, assets), store, writer,
-                progress, peak_flops(jax.devices()[0]), start,
-            )  # fmt: skip
-            step, interrupted = loop.run()
-    return _finish(config, loop, step, interrupted, time.perf_counter() - began)
+    with contextlib.ExitStack() as stack:
+        compiles = stack.enter_context(CompileCounter())
+        with distributed.together("open the run directory"):
+            if first:
+                stack.enter_context(claimed(directory))
+            keep = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.keep_every}
+            store = stack.enter_context(checkpoint.CheckpointStore(directory / CHECKPOINTS, **keep))
+        stack.enter_context(jax.set_mesh(program.mesh))
+        saved = step_to_resume(program.config, store, resume=resume, say=say)
+        with distributed.together("read the text"):
+            inputs = read_inputs(program, store, saved, say)
+        with explaining_out_of_memory(directory):
+            state = _starting_state(program, store, saved, inputs.source, inputs.iterator)
+        start, writer = saved or 0, None
+        with distributed.together("write into the run directory"):
+            rollbacks = Rollbacks.read(directory, start)
+            if first:
+                write_json_atomic(directory / "config.json", config_to_dict(config))
+                writer = stack.enter_context(
+                    MetricsWriter(directory, tensorboard=config.logging.tensorboard, resume_step=start)
+                )
+        progress = stack.enter_context(Progress(config.training.steps, start_step=start, console=console))
+        loop = _Loop(
+            program, state, inputs.iterator, inputs.validation_arrays, inputs.assets, store, writer, progress,
+            peak_flops(jax.local_devices()[0]), start, goodput, rollbacks,
+            Telemetry(config.training.sequences_per_step * config.training.sequence_length),
+        )  # fmt: skip
+        step, interrupted = loop.run()
+        goodput.charge("other")
+    # What a full disk has kept from being saved, it may keep from being summed up.
+    with contextlib.suppress(*([OSError] if loop.unsaved else [])):
+        result = _finish(loop, compiles, step, interrupted)
+    if loop.unsaved is not None:
+        raise loop.unsaved
+    if rows := result.summary.get("sources"):
+        console.print(source_table(result.summary["validation"], rows))
+    say(goodput.line())
+    return result
 
 
-def _finish(config: Config, loop: _Loop, step: int, interrupted: bool, wall_seconds: float) -> RunResult:
+def _finish(loop: _Loop, compiles: CompileCounter, step: int, interrupted: bool) -> RunResult:
     """Writes summary.json and the plots. What an earlier life of a resumed run took is added to what this one took."""
+    config, seconds = loop.program.config, loop.goodput.seconds()
     directory = run_directory(config)
+    if not distributed.is_first():
+        return RunResult(directory, step, interrupted, {})
     earlier = _summary_of(directory) if loop.start else {}
     validations = read_jsonl(directory / VALIDATION_FILE)
+    goodput = {kind: spent + earlier.get("goodput", {}).get(kind, 0.0) for kind, spent in seconds.items()}
     summary = {
         "name": config.name,
         "step": step,
         "steps": config.training.steps,
-        "wall_seconds": wall_seconds + earlier.get("wall_seconds", 0.0),
-        "tokens_per_second": loop.rate.mean() or earlier.get("tokens_per_second", 0.0),
+        "finished": step == config.training.steps,
+        "wall_seconds": sum(seconds.values()) + earlier.get("wall_seconds", 0.0),
+        "goodput": goodput,
+        "compiles": compiles.summary(),
+        "processes": jax.process_count(),
+        "tokens_per_second": loop.telemetry.mean_tokens_per_second() or earlier.get("tokens_per_second", 0.0),
         "skipped_updates": int(loop.state.skipped_updates),
+        "rollbacks": loop.rollbacks.entries,
         "validation": validations[-1] if validations else None,
     }
+    if rows := source_rows(summary["validation"]):
+        summary["sources"] = rows
     write_json_atomic(directory / "summary.json", summary)
     # A run that was stopped before its first log line has nothing to plot.
     if (directory / TRAINING_FILE).stat().st_size:

@@ -1,4 +1,4 @@
-"""Sequences against numpy slices, epochs against sets, and the iterator's state against Grain and Orbax."""
+"""Epochs against sets, and the iterator's state against Grain and Orbax."""
 
 import itertools
 import threading
@@ -9,16 +9,25 @@ import pytest
 from grain._src.python.testing.experimental import assert_equal_output_after_checkpoint
 from orbax.checkpoint import v1 as ocp
 
-from prosparse_jax.data.loader import PackedSequences, TrainingDataset, training_iterator, validation_batches
+from prosparse_jax.config import DataConfig
+from prosparse_jax.data.loader import TrainingDataset, training_iterator, validation_batches
 from prosparse_jax.errors import DataError
+from tests.token_sources import token_source
 
 T, B = 8, 4
 # Every token is its own position, so that a batch says which sequences it holds. 25 sequences: not a multiple of B.
-TOKENS = np.arange(25 * T + 5, dtype=np.uint16)
+TOKENS = np.arange(25 * T + 1, dtype=np.uint16)
+DATA = DataConfig(prefetch=0)
 
 
-def iterator(tokens=TOKENS, *, sequence_length=T, batch_size=B, seed=3):
-    return training_iterator(tokens, sequence_length=sequence_length, batch_size=batch_size, seed=seed)
+def iterator(tokens=TOKENS, data=DATA, *, sequence_length=T, batch_size=B, seed=3, **layout):
+    sources = [token_source(tokens)]
+    return training_iterator(sources, data, sequence_length=sequence_length, batch_size=batch_size, seed=seed, **layout)
+
+
+def held_out(tokens=TOKENS, *, batch_size=B, sequences):
+    sources = [token_source(tokens)]
+    return validation_batches(sources, DATA, sequence_length=T, batch_size=batch_size, sequences=sequences)["text"]
 
 
 def visited(batches) -> list[int]:
@@ -33,38 +42,13 @@ def assert_same_batches(left, right):
             np.testing.assert_array_equal(one[key], other[key])
 
 
-@pytest.mark.parametrize("length", [1, 7, 8])
-def test_sequences_are_slices_with_targets_one_further(length):
-    tokens = np.random.default_rng(0).integers(0, 50_000, 100).astype(np.uint16)
-    sequences = PackedSequences(tokens, length)
-    whole = (len(tokens) - 1) // length
-    assert len(sequences) == whole
-    items = [sequences[i] for i in range(whole)]
-    np.testing.assert_array_equal([i["inputs"] for i in items], tokens[: whole * length].reshape(whole, length))
-    np.testing.assert_array_equal([i["targets"] for i in items], tokens[1 : whole * length + 1].reshape(whole, length))
-    assert all(item["mask"].all() for item in items)
-    assert {key: value.dtype for key, value in items[0].items()} == {"inputs": "i4", "targets": "i4", "mask": "?"}
-    with pytest.raises(IndexError):
-        sequences[whole]
-
-
-@pytest.mark.parametrize(("tokens", "sequences"), [(0, 0), (1, 0), (8, 0), (9, 1), (16, 1), (17, 2)])
-def test_how_many_sequences_fit(tokens, sequences):
-    assert len(PackedSequences(np.zeros(tokens, np.uint16), 8)) == sequences
-
-
-def test_ids_above_sixteen_bits_survive():
-    tokens = np.array([70_000, 2**31 - 1, 5], np.uint32)
-    assert PackedSequences(tokens, 2)[0]["targets"].tolist() == [2**31 - 1, 5]
-
-
 def test_batches_hold_plain_arrays_of_one_shape(tmp_path):
     TOKENS.tofile(tmp_path / "train.bin")
     mapped = np.memmap(tmp_path / "train.bin", np.uint16, mode="r")
     batch = next(iterator(mapped))
     assert {key: (type(value), value.shape) for key, value in batch.items()} == dict.fromkeys(
-        ("inputs", "mask", "targets"), (np.ndarray, (B, T))
-    )
+        ("inputs", "loss_mask", "mask", "targets"), (np.ndarray, (B, T))
+    ) | {"source": (np.ndarray, (B,))}
     np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)
 
 
@@ -87,19 +71,21 @@ def test_neighbouring_seeds_are_not_the_same_order_an_epoch_later():
     assert first[25:50] != second[:25]
 
 
-def test_grain_confirms_that_every_state_continues_exactly():
-    dataset = TrainingDataset(TOKENS, sequence_length=T, batch_size=B, seed=5)
+@pytest.mark.parametrize("data", [DATA, DataConfig()], ids=["", "with read-ahead"])
+def test_grain_confirms_that_every_state_continues_exactly(data):
+    dataset = TrainingDataset([token_source(TOKENS)], data, sequence_length=T, batch_size=B, seed=5)
     assert_equal_output_after_checkpoint(grain.experimental.LimitIterDataset(dataset, count=16))
 
 
 @pytest.mark.parametrize("position", [0, 1, 6, 7, 40])
-def test_orbax_saves_and_restores_the_place(tmp_path, position):
-    original = iterator()
+@pytest.mark.parametrize("data", [DATA, DataConfig()], ids=["", "with read-ahead"])
+def test_orbax_saves_and_restores_the_place(tmp_path, position, data):
+    original = iterator(data=data)
     for _ in range(position):
         next(original)
     ocp.save_checkpointables(tmp_path / "checkpoint", {"data": original})
     expected = list(itertools.islice(original, 10))  # the saved place must not move with the iterator
-    restored = iterator()
+    restored = iterator(data=data)
     next(restored)
     ocp.load_checkpointables(tmp_path / "checkpoint", {"data": restored})
     assert_same_batches(itertools.islice(restored, 10), expected)
@@ -113,8 +99,9 @@ def test_a_place_in_other_data_is_refused(tmp_path):
         (iterator(seed=4), r"seed is 4, was 3\."),
         (iterator(batch_size=5), r"batch_size is 5, was 4\."),
         (iterator(sequence_length=4), r"sequence_length is 4, was 8\."),
-        (iterator(TOKENS[:-1]), r"tokens is 204, was 205"),
-        (iterator(changed), r"tokens_checksum is \d+, was \d+\. Set it back .* init_from"),
+        (iterator(TOKENS[:-1]), r"tokens of text is 200, was 201"),
+        (iterator(data=DataConfig(prefetch=0, packing="best_fit")), r"packing is best_fit, was concat_then_split\."),
+        (iterator(changed), r"checksum of text is \d+, was \d+\. Set it back .* init_from"),
     ):
         with pytest.raises(DataError, match=expected):
             other.set_state(state)
@@ -128,22 +115,22 @@ def test_a_place_in_other_data_is_refused(tmp_path):
 def test_reading_takes_no_threads_of_its_own():
     """The cores belong to the model; and without read-ahead the state is exact by construction."""
     before = set(threading.enumerate())
-    next(iterator())
+    next(iterator())  # data.prefetch=0
     # Threads of earlier tests may end meanwhile; none may begin.
     assert set(threading.enumerate()) <= before
 
 
 def test_validation_sequences_are_spread_evenly_and_the_same_every_time():
-    batches = validation_batches(TOKENS, sequence_length=T, batch_size=B, sequences=8)
+    batches = held_out(sequences=8)
     assert visited(batches) == [0, 3, 6, 9, 12, 15, 18, 21]
     assert all(batch["mask"].all() for batch in batches)
-    assert_same_batches(batches, validation_batches(TOKENS, sequence_length=T, batch_size=B, sequences=8))
+    assert_same_batches(batches, held_out(sequences=8))
 
 
 @pytest.mark.parametrize(("wanted", "real"), [(6, 6), (1, 1), (25, 25), (1000, 25)])
 def test_the_last_validation_batch_is_padded_and_padding_does_not_count(wanted, real):
-    batches = validation_batches(TOKENS, sequence_length=T, batch_size=B, sequences=wanted)
-    assert {value.shape for batch in batches for value in batch.values()} == {(B, T)}
+    batches = held_out(sequences=wanted)
+    assert {batch[key].shape for batch in batches for key in ("inputs", "targets", "mask", "loss_mask")} == {(B, T)}
     mask = np.concatenate([batch["mask"] for batch in batches])
     inputs = np.concatenate([batch["inputs"] for batch in batches])
     assert mask.sum() == real * T
@@ -155,10 +142,149 @@ def test_the_last_validation_batch_is_padded_and_padding_does_not_count(wanted, 
 
 def test_too_little_text_is_an_error_that_says_how_much_there_is():
     with pytest.raises(
-        DataError, match=r"the train split has 205 tokens, which make 25 sequences of 8 where a batch needs 26\. .*"
+        DataError, match=r"the train split has 201 tokens, which make 25 sequences of 8 where a batch needs 26\. .*"
     ):
         iterator(batch_size=26)
     with pytest.raises(
-        DataError, match=r"the validation split has 8 tokens, which make 0 sequences .*validation_share"
+        DataError, match=r"the validation split has 1 tokens, which make 0 sequences .*validation_share"
     ):
-        validation_batches(TOKENS[:8], sequence_length=T, batch_size=1, sequences=4)
+        held_out(TOKENS[:1], batch_size=1, sequences=4)
+
+
+SOURCES = [
+    token_source(np.arange(100, 100 + 60 * T, dtype=np.uint16), [37] * 12 + [36], name="a", weight=0.5),
+    token_source(np.arange(1000, 1000 + 21 * T, dtype=np.uint16), [5] * 33 + [3], name="b", weight=0.3),
+    token_source(np.arange(3000, 3000 + 11 * T, dtype=np.uint16), [88], name="c", weight=0.2),
+]
+
+
+def mixed(data=None, *, sources=SOURCES, seed=3, batch_size=12, **layout):
+    return training_iterator(
+        sources, data or DataConfig(), sequence_length=T, batch_size=batch_size, seed=seed, **layout
+    )
+
+
+BEST_FIT = DataConfig(packing="best_fit", document_masks=True)
+
+
+@pytest.mark.parametrize("data", [DataConfig(), BEST_FIT], ids=["concat_then_split", "best_fit"])
+def test_real_tokens_come_in_the_proportion_of_the_weights(data):
+    """Sequences of b are 4/8 or so full when packed whole, so that b must come more often."""
+    tokens = np.zeros(3)
+    for batch in itertools.islice(mixed(data), 300):
+        np.add.at(tokens, batch["source"], batch["mask"].sum(-1))
+    np.testing.assert_allclose(tokens / tokens.sum(), [0.5, 0.3, 0.2], atol=0.003)  # one epoch more or less of padding
+
+
+@pytest.mark.parametrize("data", [DataConfig(), BEST_FIT], ids=["concat_then_split", "best_fit"])
+def test_a_sequence_holds_tokens_of_its_source_alone(data):
+    for batch in itertools.islice(mixed(data), 40):
+        for source, mask, targets in zip(batch["source"], batch["mask"], batch["targets"], strict=True):
+            first, last = ((100, 580), (1000, 1168), (3000, 3088))[source]
+            assert ((targets[mask] >= first) & (targets[mask] < last)).all()
+
+
+def test_the_order_of_a_source_does_not_depend_on_the_others():
+    def of_a(batches):
+        return [
+            tuple(row) for b in batches for row, source in zip(b["inputs"], b["source"], strict=True) if source == 0
+        ]
+
+    alone, together = (of_a(itertools.islice(mixed(sources=s), 20)) for s in (SOURCES[:1], SOURCES))
+    assert together == alone[: len(together)]
+
+
+def test_epochs_are_counted_for_every_source():
+    iterator = mixed()
+    seen = [0, 0, 0]
+    for batch in itertools.islice(iterator, 30):
+        for source in batch["source"]:
+            seen[source] += 1
+    expected = {"a": seen[0] / 60, "b": seen[1] / 21, "c": seen[2] / 11}
+    assert iterator.epochs() == pytest.approx(expected, rel=1e-12)
+    # Each source is visited once before it is visited again.
+    assert seen[2] / 11 > 6
+
+
+@pytest.mark.parametrize("data", [DataConfig(), BEST_FIT], ids=["concat_then_split", "best_fit"])
+def test_grain_confirms_that_a_mixture_continues_exactly(data):
+    dataset = TrainingDataset(SOURCES, data, sequence_length=T, batch_size=12, seed=5)
+    assert_equal_output_after_checkpoint(grain.experimental.LimitIterDataset(dataset, count=9))
+
+
+def test_batch_i_is_a_function_of_the_seed_and_i():
+    """Reached by taking all before it, or by a state that no iterator has had."""
+    walked = next(itertools.islice(mixed(), 57, None))
+    jumped = mixed()
+    state = jumped.get_state()
+    jumped.set_state(state | {"position": {"next_index": 57}, "batches": 57, "batches_in_order": 57})
+    assert_same_batches([next(jumped)], [walked])
+
+
+def test_processes_share_every_batch_between_them():
+    whole = list(itertools.islice(mixed(), 5))
+    parts = [list(itertools.islice(mixed(process_index=i, process_count=3), 5)) for i in range(3)]
+    for number, batch in enumerate(whole):
+        rows = sorted(map(tuple, batch["inputs"]))
+        assert rows == sorted(tuple(row) for part in parts for row in part[number]["inputs"])
+        assert {len(part[number]["inputs"]) for part in parts} == {4}
+
+
+def test_another_number_of_processes_is_refused():
+    saved = mixed(process_index=1, process_count=3)
+    next(saved)
+    with pytest.raises(
+        DataError, match=r"written by 3 processes, and this run has 2\. .*on_topology_change.*come again"
+    ):
+        mixed(process_index=0, process_count=2).set_state(saved.get_state())
+
+
+def test_or_begins_a_new_order_that_all_processes_agree_on(caplog):
+    data = DataConfig(on_topology_change="reseed")
+    saved = mixed(data)
+    for _ in range(7):
+        next(saved)
+    reseeded = [mixed(data, process_index=i, process_count=2) for i in range(2)]
+    with caplog.at_level("WARNING", logger="prosparse_jax"):
+        for each in reseeded:
+            each.set_state(saved.get_state())
+    assert "2 processes instead of 1" in caplog.text
+    assert "may come again" in caplog.text
+    assert reseeded[0].epochs() == {"a": 0, "b": 0, "c": 0}
+    first = [next(each) for each in reseeded]
+    # Both halves of one order: no sequence twice, and not the order that the run began with.
+    rows = {tuple(row) for batch in first for row in batch["inputs"]}
+    assert len(rows) == 12
+    assert rows != {tuple(row) for row in next(mixed(data))["inputs"]}
+    # From here on it continues exactly.
+    continued = mixed(data, process_index=1, process_count=2)
+    continued.set_state(reseeded[1].get_state())
+    assert_same_batches(itertools.islice(continued, 5), list(itertools.islice(reseeded[1], 5)))
+
+
+def test_orbax_restores_what_another_number_of_processes_wrote(tmp_path):
+    data = DataConfig(on_topology_change="reseed")
+    ocp.save_checkpointables(tmp_path / "checkpoint", {"data": mixed(data, process_index=0, process_count=2)})
+    (file,) = (tmp_path / "checkpoint" / "data").glob("process_*.json")
+    file.rename(file.with_name("process_0-of-2.json"))
+    restored = mixed(data)
+    ocp.load_checkpointables(tmp_path / "checkpoint", {"data": restored})
+    assert restored.get_state()["order_seed"] != 3
+
+
+def test_a_changed_mixture_is_refused():
+    state = mixed().get_state()
+    lighter = [SOURCES[0], SOURCES[1], token_source(np.arange(3000, 3088), [88], name="c", weight=0.1)]
+    with pytest.raises(DataError, match=r"weight of a is \d+, was \d+"):
+        mixed(sources=lighter).set_state(state)
+    with pytest.raises(DataError, match=r"tokens of c is None, was 88"):
+        mixed(sources=SOURCES[:2]).set_state(state)
+
+
+def test_validation_is_of_every_source_in_its_share():
+    batches = validation_batches(SOURCES, DataConfig(), sequence_length=T, batch_size=4, sequences=20)
+    assert list(batches) == ["a", "b", "c"]
+    real = {name: sum(int(b["mask"].any(-1).sum()) for b in of_source) for name, of_source in batches.items()}
+    assert real == {"a": 10, "b": 6, "c": 4}
+    for index, of_source in enumerate(batches.values()):
+        assert all((batch["source"] == index).all() and batch["inputs"].shape == (4, T) for batch in of_source)

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from prosparse_jax.config import DataConfig
-from prosparse_jax.data import sources
-from prosparse_jax.data.sources import corpus_info, is_validation, read_documents
+from prosparse_jax.data import readers, sources
+from prosparse_jax.data.documents import is_validation
+from prosparse_jax.data.sources import corpus_info, read_documents
 from prosparse_jax.errors import DataError
 
 
@@ -49,7 +50,7 @@ def test_folders_are_read_recursively_sorted_and_without_hidden_or_unknown_files
 
 
 def test_long_text_files_become_pieces_that_end_at_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "PIECE_CHARACTERS", 1000)
     lines = [f"line {number} ü\n" for number in range(500)] + ["x" * 5000 + "\n", "end"]
     (tmp_path / "long.txt").write_text("".join(lines), encoding="utf-8")
     documents = list(read_documents(config(tmp_path / "long.txt")))
@@ -70,7 +71,7 @@ def test_the_split_is_a_published_hash_of_the_name():
 
 
 def test_the_split_is_the_same_in_another_process_with_another_hash_seed():
-    code = "from prosparse_jax.data.sources import is_validation as v; print([v(f'f{i}', .3) for i in range(50)])"
+    code = "from prosparse_jax.data.documents import is_validation as v; print([v(f'f{i}', .3) for i in range(50)])"
     environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == str([is_validation(f"f{index}", 0.3) for index in range(50)])

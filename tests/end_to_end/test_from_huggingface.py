@@ -113,7 +113,8 @@ def held_out(made: Scripts, text: Path, tmp_path: Path) -> tuple[np.ndarray, np.
     """Inputs and targets (B, T) of the recipe's validation."""
     data = DataConfig(paths=(str(text),), validation_share=0.2, cache_directory=str(tmp_path))
     tokens = prepare_tokens(data, load_tokenizer(made.directory / "model"))
-    (batch,) = validation_batches(tokens.validation, sequence_length=32, batch_size=8, sequences=8)
+    batches = validation_batches(tokens, data, sequence_length=32, batch_size=8, sequences=8)
+    (batch,) = batches["text"]
     assert batch["mask"].all()
     return batch["inputs"], batch["targets"]
 

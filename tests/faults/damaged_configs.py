@@ -113,6 +113,8 @@ UNSUPPORTED = (
     {"rope_scaling": {"rope_type": {"a": 1}}}, {"rope_scaling": {"rope_type": "linear", "factor": 0}},
     {"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, {"rope_scaling": [1]}, {"rope_scaling": "linear"},
     {"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, {"rope_parameters": 3},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+     "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     {"rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 10**400, "factor": float("nan")}},
     {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"quantization_config": {"a": "z" * 20_000}},
     {"attention_bias": True}, {"mlp_bias": True}, {"partial_rotary_factor": 0.5}, {"num_experts": 8},

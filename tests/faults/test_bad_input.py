@@ -124,6 +124,11 @@ def test_a_run_directory_in_use(refused, trained):
         assert "another process is training in runs/tiny" in refused("train", *ONE, "--resume")
 
 
+def test_a_run_directory_that_is_a_checkpoint(refused, trained):
+    message = refused("train", *ONE, "--run-directory=runs/tiny/checkpoints/30")
+    assert "runs/tiny/checkpoints/30 is itself a checkpoint" in message
+
+
 def test_resume_with_another_model(refused, trained):
     message = refused("train", *ONE, "--resume", "--model.ffn-width=32", "--seed=7", "--training.steps=20")
     for part in ("model.ffn_width: 64 -> 32", "seed: 0 -> 7", "saved at step 30, beyond training.steps=20"):
@@ -201,3 +206,21 @@ def test_a_threshold_shift_needs_relu(refused, scripts, model, told):
 def test_a_demo_of_no_length(refused, scripts, scale):
     assert "--scale" in refused("demo", "--scale", scale)
     assert not (scripts.directory / "runs").exists()
+
+
+def test_a_checkpoint_directory_that_cannot_be_written(scripts):
+    folder = scripts.directory / "runs" / "tiny" / "checkpoints"
+    folder.mkdir(parents=True)
+    folder.chmod(0o500)
+    try:
+        ended = scripts.run("train", code=2, obedient=True)
+    finally:
+        folder.chmod(0o700)
+    assert f"cannot write to the checkpoint directory {folder}" in ended.stderr
+    assert "compiled" not in ended.stdout
+
+
+def test_half_of_a_launchers_variables(scripts):
+    ended = scripts.run("train", env={"JAX_PROCESS_ID": "0"}, code=2)
+    assert "JAX_PROCESS_ID set, but not JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES" in ended.stderr
+    assert not ended.stdout

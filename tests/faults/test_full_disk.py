@@ -1,12 +1,14 @@
-"""A full disk: what was saved stays, one message says what to do, and with room again the run goes on."""
+"""A full disk: the run goes on, what was saved stays, messages say what to do, and with room again all is as if nothing
+had been."""
 
+import itertools
 import resource
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.processes import Scripts, assert_same_run, finish, lines, parameters, stop_when
+from tests.processes import Scripts, assert_same_run, finish, lines, parameters, steps, stop_when
 
 pytestmark = pytest.mark.faults
 
@@ -35,13 +37,14 @@ def test_no_room_for_a_checkpoint(scripts, reference):
     run = scripts.directory / "runs" / "tiny"
     # Room for the metrics, and less than the array files of a checkpoint need.
     message = run_out_of_room(scripts, run, every=4, spare=50_000)
-    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
-    assert f"that of step {steps[-1]} is complete" in message
+    assert lines(run / "metrics.jsonl")[-1]["step"] == 30  # The run has gone on.
+    saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert f"that of step {saved[-1]} is complete" in message
     assert str(run / "checkpoints") in message
     assert "Free space" in message
     assert message.count("error:") == 1
     assert parameters(run)
-    assert lines(run / "metrics.jsonl")[-1]["step"] >= steps[-1]
+    assert lines(run / "metrics.jsonl")[-1]["step"] >= saved[-1]
     assert_it_continues(scripts, run, reference)
 
 
@@ -53,3 +56,22 @@ def test_no_room_for_metrics(scripts, reference):
     assert "Make room and run it again (training: with --resume)" in message
     assert parameters(run)
     assert_it_continues(scripts, run, reference)
+
+
+def test_room_that_comes_back(scripts, reference):
+    """Saves and metrics fail for a while; at the end nothing is missing."""
+    run = scripts.directory / "runs" / "tiny"
+    process = scripts.start("train", "--checkpoint.every", 2, env={"PYTHONDONTWRITEBYTECODE": "1"})
+    stop_when(process, lambda: (run / "checkpoints" / "2").is_dir())
+    full = (run / "metrics.jsonl").stat().st_size + 100
+    limit = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
+    process.send_signal(signal.SIGCONT)
+    printed = list(itertools.takewhile(lambda line: "The run goes on" not in line, process.stdout))
+    process.send_signal(signal.SIGSTOP)
+    assert steps(run / "metrics.jsonl")[-1] < 30
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
+    process.send_signal(signal.SIGCONT)
+    ended = finish(process, 0)
+    assert any("warning: the checkpoint of step 4 could not be written" in line for line in printed), printed
+    assert "metrics.jsonl cannot be written" in ended.stderr
+    assert_same_run(run, reference)

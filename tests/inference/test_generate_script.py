@@ -1,12 +1,13 @@
 """scripts/generate.py as a user runs it, on a model whose text and sparsity are known by hand.
 
 The residual stream is one-hot, nothing is added to it, and the head sends each byte to the next one of TEXT: the text is
-TEXT whatever is computed right. A quarter of the neurons have positive gates: the prompt's sparsity is exactly 75 %.
+TEXT whatever is computed right. A quarter of the neurons have positive gates: sparsity is exactly 75 %.
 """
 
 import dataclasses
 import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from prosparse_jax.data.tokenizer import train_byte_level_bpe
 from prosparse_jax.interop.conversion import write_checkpoint
 from prosparse_jax.interop.weights import parameter_shapes
 from tests.inference.memory import MemorySource
-from tests.processes import PATIENCE, scripts, session_directory, text
+from tests.processes import PATIENCE, finish, scripts, session_directory, text
 from tests.support import small_config
 
 __all__ = ["scripts", "session_directory", "text"]
@@ -40,8 +41,8 @@ def tree(shapes: dict[str, np.ndarray]) -> dict:
     return nested
 
 
-def write_model(path, *, name: str = "relu", with_tokenizer: bool = True, assets: dict[str, bytes] | None = None):
-    """A checkpoint of the model above; the token after "!" is the separator, which ends a text."""
+def write_model(path, *, name: str = "relu", with_tokenizer: bool = True, endless: bool = False):
+    """A checkpoint of the model above; after "!" comes the separator, which ends a text, or TEXT again."""
     model = dataclasses.replace(MODEL, activation=ActivationConfig(name=name))
     tokenizer = train_byte_level_bpe([], model.vocab_size)
     bytes_of_text = tokenizer.backend.encode(TEXT).ids
@@ -51,12 +52,12 @@ def write_model(path, *, name: str = "relu", with_tokenizer: bool = True, assets
         if key.endswith("scale"):
             weights[key] += 1
     weights["embedding"] += np.eye(257, dtype=np.float32)
-    weights["head"][[*bytes_of_text[1:], tokenizer.eos_id], bytes_of_text] = 1
+    weights["head"][[*bytes_of_text[1:], bytes_of_text[0] if endless else tokenizer.eos_id], bytes_of_text] = 1
     gates = np.where(np.arange(64) % 4 == 0, 1, -1).astype(np.float32)
     weights["layers/ffn/gate"] += gates[None, :, None]
     weights["layers/ffn/up"] += 1
     files = dict(tokenizer.files) if with_tokenizer else {}
-    source = MemorySource(model, tree(weights), files | (assets or {}))
+    source = MemorySource(model, tree(weights), files)
     write_checkpoint(source, path, dataclasses.replace(small_config(), model=model))
     return path
 
@@ -66,10 +67,10 @@ def checkpoint(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model") / "relu")
 
 
-def last_line(out: str) -> dict[str, float]:
+def last_line(out: str) -> dict[str, str]:
     match = re.fullmatch(
-        r"(?P<speed>[\d.]+) tokens/s, (?P<tokens>\d+) prompt tokens, (?P<sparsity>[\d.]+) % sparsity of their FFN "
-        r"activations, FFN: (?P<ffn>\w+)",
+        r"(?P<speed>[\d.]+) tokens/s, (?P<tokens>\d+) prompt tokens, sparsity (?P<prompt>[\d.]+) % in the prompt, "
+        r"(?P<live>[\d.]+) % in (?P<new>\d+) new tokens, FFN (?P<ffn>\w+)",
         out.splitlines()[-1],
     )
     assert match, out
@@ -87,11 +88,12 @@ def test_one_text_is_streamed_in_whole_characters_and_ends_at_its_stop_token(scr
     out = "".join(part.decode() for part in received)
     assert out.splitlines()[0] == TEXT
     assert len(out.splitlines()) == 2
-    # The prompt's piece comes before the second token's program is compiled: text does not wait for the end.
+    # The prompt comes before the programs are compiled: text does not wait for the end.
     assert len(received) > 1
     line = last_line(out)
-    assert (line["tokens"], line["sparsity"], line["ffn"]) == ("1", "75.0", "gather")
-    assert float(line["speed"]) > 0
+    assert float(line.pop("speed")) > 0
+    # Of 13 new tokens, the stop token is not read.
+    assert line == {"tokens": "1", "prompt": "75.0", "live": "75.0", "new": "12", "ffn": "gather"}
 
 
 def test_several_texts_appear_whole(scripts, checkpoint):
@@ -101,25 +103,54 @@ def test_several_texts_appear_whole(scripts, checkpoint):
     expected = ["!", "aé€\ufffd", "€😀 b"]
     assert out.splitlines()[:-1] == expected
     line = last_line(out)
-    assert (line["tokens"], line["sparsity"], line["ffn"]) == ("7", "75.0", "dense")
+    # Five of the six new tokens of two texts; the other ends before any is read.
+    assert (line["tokens"], line["live"], line["new"], line["ffn"]) == ("7", "75.0", "10", "dense")
+
+
+def test_ctrl_c_keeps_what_was_written(scripts, tmp_path):
+    path = write_model(tmp_path / "model", endless=True)
+    process = scripts.start("generate", "--checkpoint", path, "--prompt", "a", "--max-new-tokens", 100_000)
+    received = b""
+    while len(received) < len(TEXT.encode()) * 3:
+        part = os.read(process.stdout.fileno(), 65536)
+        assert part, process.communicate()
+        received += part
+    process.send_signal(signal.SIGINT)
+    done = finish(process, 130)
+    assert done.stderr.splitlines()[-1] == "interrupted"
+    assert received.decode(errors="ignore").startswith(TEXT * 2)
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "message"),
+    ("model", "options", "messages"),
     [
-        ({}, ("--prompt", "a", "--prompt", ""), "prompt 2 is empty"),
-        ({"with_tokenizer": False}, ("--prompt", "a"), "has no tokenizer.json"),
-        ({"name": "swish"}, ("--prompt", "a", "--ffn", "sparse"), "ffn=sparse needs a model with relu or fatrelu"),
+        ({"with_tokenizer": False}, ("--prompt", "a"), ["has no tokenizer.json"]),
+        ({"name": "swish"}, ("--prompt", "a", "--ffn", "sparse"), ["ffn=sparse needs a model with relu or fatrelu"]),
         (
-            {},
-            ("--prompt", "a", "--temperature", -1, "--top-p", 2, "--seed", -1),
-            r"temperature=-1.0.*top_p=2.0.*seed=-1",
+            {"name": "swish"},
+            ("--prompt", "a", "--prompt", "", "--temperature", -1, "--top-p", 2, "--seed", -1, "--max-new-tokens", 0,
+             "--ffn", "sparse", "--devices", 99),
+            ["temperature=-1.0", "top_p=2.0", "seed=-1", "prompt 2 is empty", "max_new_tokens=0", "ffn=sparse",
+             "devices=99"],
         ),
-        ({}, ("--prompt", "a", "--ffn", "fast"), "invalid choice: 'fast'"),
+        (
+            {"with_tokenizer": False},
+            ("--prompt", "", "--top-p", 0, "--max-new-tokens", 0),
+            ["max_new_tokens=0", "top_p=0.0", "prompt 1 is empty", "no tokenizer.json"],
+        ),
+        ({}, ("--prompt", "a", "--max-new-tokens", 2**20), ["prompt 1 has 1 tokens, with max_new_tokens=1048576"]),
+        ({}, ("--prompt", "a", "--ffn", "fast"), ["invalid choice: 'fast'"]),
     ],
-)
-def test_what_a_user_gets_wrong_ends_with_2(scripts, tmp_path, model, options, message):
+)  # fmt: skip
+def test_what_a_user_gets_wrong_ends_with_2(scripts, tmp_path, model, options, messages):
     path = write_model(tmp_path / "model", **model)
     found = scripts.run("generate", "--checkpoint", path, *options, code=2)
-    assert re.search(message, found.stderr, re.DOTALL), found.stderr
+    for message in messages:
+        assert found.stderr.count(message) == 1, found.stderr
     assert found.stdout == ""
+
+
+def test_a_checkpoint_that_is_none(scripts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in ("missing", "empty"):
+        assert path in scripts.run("generate", "--checkpoint", tmp_path / path, "--prompt", "a", code=2).stderr

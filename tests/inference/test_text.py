@@ -9,8 +9,8 @@ import tokenizers
 from tokenizers import decoders, models
 
 from prosparse_jax.data.tokenizer import TextTokenizer, train_byte_level_bpe
-from prosparse_jax.errors import CheckpointError, ConfigError
-from prosparse_jax.inference.text import TextStream, encode_prompts, stop_tokens
+from prosparse_jax.errors import CheckpointError
+from prosparse_jax.inference.text import TextStream, context_length, empty_texts, encode_prompts, stop_tokens
 from tests.inference.memory import MemorySource
 from tests.support import SMALL
 
@@ -78,8 +78,7 @@ def test_prompts_begin_as_the_tokenizer_says(byte_level):
     )
     expected = [beginning.encode(text).ids for text in ("a", "bc")]
     assert encode_prompts(TextTokenizer(beginning, 0, 0, {}), ["a", "bc"]) == expected
-    with pytest.raises(ConfigError, match=r"prompt 1 is empty[^$]*prompt 3 is empty"):
-        encode_prompts(byte_level, ["", "a", ""])
+    assert [problem[:17] for problem in empty_texts(["", "a", ""])] == ["prompt 1 is empty", "prompt 3 is empty"]
 
 
 @pytest.mark.parametrize(
@@ -96,3 +95,18 @@ def test_stop_tokens_are_those_of_both_files(byte_level, content, expected):
 def test_a_damaged_generation_config_is_an_error(byte_level, content):
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         stop_tokens(MemorySource(SMALL.model, {}, {"generation_config.json": content}), byte_level)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, 2**20),
+        (b"{}", 2**20),
+        (b'{"max_position_embeddings": 2048}', 2048),
+        (b'{"max_position_embeddings": null}', 2**20),
+    ],
+)
+def test_the_context_is_what_config_json_names(content, expected):
+    assert (
+        context_length(MemorySource(SMALL.model, {}, {} if content is None else {"config.json": content})) == expected
+    )

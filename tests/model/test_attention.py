@@ -12,34 +12,37 @@ from prosparse_jax.parallel.sharding import ShardingRules
 
 
 @pytest.mark.parametrize(
-    ("requested", "platform", "head_width", "dtype", "chosen"),
+    ("requested", "platform", "head_width", "dtype", "masks", "chosen"),
     [
-        ("auto", "cpu", 128, "float32", "xla"),
-        ("auto", "gpu", 128, "bfloat16", "cudnn"),
-        ("auto", "gpu", 64, "bfloat16", "cudnn"),
-        ("auto", "gpu", 256, "bfloat16", "xla"),
-        ("auto", "gpu", 12, "bfloat16", "xla"),
-        ("auto", "gpu", 128, "float32", "xla"),
-        ("xla", "gpu", 128, "bfloat16", "xla"),
-        ("cudnn", "gpu", 128, "bfloat16", "cudnn"),
+        ("auto", "cpu", 128, "float32", False, "xla"),
+        ("auto", "gpu", 128, "bfloat16", False, "cudnn"),
+        ("auto", "gpu", 64, "bfloat16", False, "cudnn"),
+        ("auto", "gpu", 256, "bfloat16", False, "xla"),
+        ("auto", "gpu", 12, "bfloat16", False, "xla"),
+        ("auto", "gpu", 128, "float32", False, "xla"),
+        ("xla", "gpu", 128, "bfloat16", False, "xla"),
+        ("cudnn", "gpu", 128, "bfloat16", False, "cudnn"),
+        ("auto", "gpu", 128, "bfloat16", True, "xla"),
+        ("xla", "gpu", 128, "bfloat16", True, "xla"),
     ],
 )
-def test_the_best_back_end_that_can_serve_is_taken(requested, platform, head_width, dtype, chosen):
-    assert choose_attention(requested, platform, head_width, dtype) == chosen
+def test_the_best_back_end_that_can_serve_is_taken(requested, platform, head_width, dtype, masks, chosen):
+    assert choose_attention(requested, platform, head_width, dtype, document_masks=masks) == chosen
 
 
 @pytest.mark.parametrize(
-    ("platform", "head_width", "dtype", "reason"),
+    ("platform", "head_width", "dtype", "masks", "reason"),
     [
-        ("cpu", 128, "bfloat16", "this is a cpu"),
-        ("gpu", 256, "bfloat16", "head_width is 256"),
-        ("gpu", 12, "bfloat16", "head_width is 12"),
-        ("gpu", 128, "float32", "compute_dtype is float32"),
+        ("cpu", 128, "bfloat16", False, "this is a cpu"),
+        ("gpu", 256, "bfloat16", False, "head_width is 256"),
+        ("gpu", 12, "bfloat16", False, "head_width is 12"),
+        ("gpu", 128, "float32", False, "compute_dtype is float32"),
+        ("gpu", 128, "bfloat16", True, r"data\.document_masks is on"),
     ],
 )
-def test_a_named_back_end_never_falls_back(platform, head_width, dtype, reason):
+def test_a_named_back_end_never_falls_back(platform, head_width, dtype, masks, reason):
     with pytest.raises(ConfigError, match=rf"training\.attention=cudnn.*{reason}.*use auto or xla"):
-        choose_attention("cudnn", platform, head_width, dtype)
+        choose_attention("cudnn", platform, head_width, dtype, document_masks=masks)
 
 
 def test_the_choice_and_its_reason_are_logged(caplog, monkeypatch):
@@ -47,23 +50,30 @@ def test_the_choice_and_its_reason_are_logged(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("prosparse_jax"), "propagate", True)
     with caplog.at_level(logging.INFO, "prosparse_jax"):
         # A line appears once in a process: a width that no other test asks for.
-        choose_attention("auto", "gpu", 1000, "bfloat16")
+        choose_attention("auto", "gpu", 1000, "bfloat16", document_masks=False)
     assert "xla" in caplog.text
     assert "head_width is 1000" in caplog.text
 
 
+@pytest.mark.parametrize("segments", [None, [1, 1, 1, 2, 2, 3, 3], [1, 2, 2, 2, 2, 2, 0], [1, 1, 2, 1, 0, 0, 0]])
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_attention_equals_numpy(mesh, length):
+def test_attention_equals_numpy(mesh, length, segments):
     mesh()
     rng, (batch, queries, keys, width) = np.random.default_rng(0), (2, 6, 3, 8)
     q = rng.standard_normal((batch, length, queries, width))
     k, v = rng.standard_normal((2, batch, length, keys, width))
+    # The second sequence is all one document.
+    own = None if segments is None else np.array([segments[:length], [1] * length])
     ours = causal_attention(
-        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)), implementation="xla", sharding=ShardingRules()
+        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        implementation="xla",
+        sharding=ShardingRules(),
+        segments_BT=None if own is None else jnp.asarray(own),
     )
     expected = np.zeros_like(q)
     for b, t, n in np.ndindex(batch, length, queries):
-        scores = k[b, : t + 1, n // 2] @ q[b, t, n] / np.sqrt(width)
-        expected[b, t, n] = np.exp(scores) @ v[b, : t + 1, n // 2] / np.exp(scores).sum()
+        seen = [s for s in range(t + 1) if own is None or own[b, s] == own[b, t]]
+        scores = k[b, seen, n // 2] @ q[b, t, n] / np.sqrt(width)
+        expected[b, t, n] = np.exp(scores) @ v[b, seen, n // 2] / np.exp(scores).sum()
     # Float32 sums of 8 terms, values of order 1.
     np.testing.assert_allclose(ours, expected, atol=2e-6)

@@ -117,6 +117,14 @@ ROWS = {
     "llama3 scaling of version 4 by rope_type": Row(
         {"rope_scaling": LLAMA3, "rope_theta": 500.0}, _version_4(rope_type="llama3", **LLAMA3_FIELDS)
     ),
+    "llama3 scaling whose original length stands beside it": Row(
+        {"rope_scaling": LLAMA3, "rope_theta": 500.0},
+        _version_4(
+            rope_type="llama3",
+            **{name: value for name, value in LLAMA3_FIELDS.items() if name != "original_max_position_embeddings"},
+        )
+        | {"original_max_position_embeddings": 64},
+    ),
     "relu, on 8 devices from a checkpoint": Row(
         {"activation": ActivationConfig(name="relu")}, devices=8, by_checkpoint=True
     ),

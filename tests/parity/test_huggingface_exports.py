@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel, dynamic_module_utils
 
 from prosparse_jax.checkpoint import CheckpointStore
-from prosparse_jax.config import ActivationConfig, MeshConfig, ModelConfig, RopeScaling
+from prosparse_jax.config import ActivationConfig, DataConfig, MeshConfig, ModelConfig, RopeScaling
 from prosparse_jax.config_io import config_to_dict
 from prosparse_jax.data.loader import training_iterator
 from prosparse_jax.data.tokenizer import TOKENIZER_FILES, train_byte_level_bpe
@@ -38,6 +38,7 @@ from prosparse_jax.training.setup import build_program
 from tests.parity import huggingface
 from tests.parity import test_huggingface_directories as hf
 from tests.support import SMALL, forward
+from tests.token_sources import token_source
 
 pytestmark = pytest.mark.parity
 
@@ -205,7 +206,9 @@ def test_a_run_on_8_devices_is_exported_as_transformers_would_save_it(tmp_path):
     model = dataclasses.replace(hf.BASE, vocab_size=264, **activation("relu"))
     config = dataclasses.replace(SMALL, model=model, mesh=MeshConfig(fsdp=8))
     program = build_program(config, jax.devices())
-    iterator = training_iterator(np.zeros(100, np.uint16), sequence_length=8, batch_size=4, seed=0)
+    iterator = training_iterator(
+        [token_source(np.zeros(100, np.uint16))], DataConfig(), sequence_length=8, batch_size=4, seed=0
+    )
     with CheckpointStore(tmp_path / "run" / "checkpoints", keep=2) as store:
         for step in (3, 10):
             weights = huggingface.weights_of(model, huggingface.random_model(model, seed=step))

@@ -148,7 +148,7 @@ def test_what_padding_holds_changes_nothing():
         for name in ("inputs", "targets")
     }
     assert not np.array_equal(other["inputs"], batch["inputs"])
-    runs = [run_steps(TRAINED, [b]) for b in (batch, {**other, "mask": batch["mask"]})]
+    runs = [run_steps(TRAINED, [b]) for b in (batch, batch | other)]
     # Bit for bit: padding enters every sum as an exact zero.
     for one, two in zip(*(jax.tree.leaves((run.state, run.metrics)) for run in runs), strict=True):
         np.testing.assert_array_equal(one, two)
@@ -159,8 +159,8 @@ def bits(tree) -> list[bytes]:
 
 
 def poisoned(batch, value: float):
-    """A batch whose loss is not finite: the weight of one token is NaN or infinite."""
-    return {**batch, "mask": np.where(np.arange(8) == 0, value, batch["mask"])}
+    """A batch whose loss is not finite: the weight of one target is NaN or infinite."""
+    return {**batch, "loss_mask": np.where(np.arange(8) == 0, value, batch["loss_mask"])}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

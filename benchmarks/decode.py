@@ -1,0 +1,397 @@
+"""Decoding speed, tokens per second: this project's decoder beside transformers, and sparse beside dense FFNs.
+
+    python scripts/prepare_smollm2.py checkpoints/smollm2-135m
+    python benchmarks/decode.py --model checkpoints/smollm2-135m --sparse RUN --out benchmarks/results/decode-cpu.json
+    python benchmarks/decode.py --shape 7b --sparsity 0.89 --batch 1 4 --out FILE
+
+With --model, a Hugging Face directory is decoded greedily here and by transformers on torch: the same prompt and
+weights, float32, two threads, in processes of their own that take turns. Each --sparse names a checkpoint with ReLU or
+FATReLU, decoded with dense and with sparse FFNs in turns. Timed are the tokens after the first two.
+
+With --shape, weights are random and made so that each FFN activates the share of neurons that --sparsity leaves: the
+first columns of the residual stream hold which of some patterns a token has, attention and FFN add nothing to them, and
+they decide the signs of the gates. --pattern takes the patterns from a file of intermediate activations, (tokens, F).
+
+Speeds stand beside their limit: the bytes of the weights that a token must read, at the bandwidth of the same run. Every
+round says what share of the cores other processes used meanwhile; ratios are over the rounds in which that was at most
+5 %, or over all where there is no such round ("quiet": false); such speeds say little. CPU seconds of a step suffer less
+from neighbours, as torch's threads are told to sleep while they wait (OMP_WAIT_POLICY=PASSIVE): "cpu_ratio".
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import numpy as np  # noqa: E402
+
+from prosparse_jax.config import ActivationConfig, ModelConfig  # noqa: E402
+from prosparse_jax.errors import ConfigError, run_script  # noqa: E402
+from prosparse_jax.interop.weights import count_parameters, parameter_shapes, piece_shape  # noqa: E402
+
+THREADS = 2
+QUIET_SHARE = 0.05
+PROMPT = "Once upon a time, there was a little girl who lived in a village near the forest. One day she"
+PATTERNS = 32
+"""Columns of the residual stream that say which neurons a token activates."""
+SHAPES = {
+    "7b": ModelConfig(
+        vocab_size=32000,
+        d_model=4096,
+        ffn_width=11008,
+        num_layers=32,
+        num_query_heads=32,
+        num_kv_heads=32,
+        head_width=128,
+    ),
+    "toy": ModelConfig(
+        vocab_size=512, d_model=128, ffn_width=256, num_layers=2, num_query_heads=4, num_kv_heads=2, head_width=32
+    ),
+}
+
+
+class RandomSource:
+    """Weights of a shape (a WeightSource) whose gates follow given patterns; cut from one pool of random numbers.
+
+    The pattern's column is sqrt(D) in a stream that is otherwise about 1, so it decides each gate by at least 8 standard
+    deviations of what the rest adds. Outputs of attention and FFN are scaled down for the stream to stay so.
+    """
+
+    location = Path("random weights")
+    assets: dict[str, bytes] = {}  # noqa: RUF012
+
+    def __init__(self, model: ModelConfig, masks_LPF: np.ndarray, dtype: np.dtype):
+        self.model, self._masks, self._dtype = model, masks_LPF, dtype
+        pool = np.random.default_rng(0).standard_normal(2**22, np.float32)
+        factors = {"embedding": 1.0, "layers/attention/output": 2**-4, "layers/ffn/down": 2**-8}
+        scales = {name: factors.get(name, 1) * model.d_model ** (0 if name == "embedding" else -0.5)
+                  for name in parameter_shapes(model)}  # fmt: skip
+        pools = {scale: (scale * pool).astype(dtype) for scale in set(scales.values())}
+        self._pools = {name: pools[scale] for name, scale in scales.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype
+
+    def read(self, name: str, layer: int | None, rows: slice = slice(None)) -> np.ndarray:
+        shape = piece_shape(self.model, name)
+        if name.endswith("scale"):
+            return np.ones(shape, np.float32)
+        start = zlib.crc32(f"{name} {layer}".encode()) % 2**16
+        values = np.resize(self._pools[name][start:], shape)
+        tokens = np.arange(shape[0])
+        if name == "embedding":
+            values[:, :PATTERNS] = 0
+            values[tokens, tokens % PATTERNS] = self.model.d_model**0.5
+        elif name == "layers/ffn/gate":
+            values[:, :PATTERNS] = np.where(self._masks[layer].T, 1, -1)
+        elif name == "layers/ffn/down":
+            values[:, :PATTERNS] = 0
+        elif name == "layers/attention/output":
+            values[:PATTERNS] = 0
+        return values[rows]
+
+
+def pattern_masks(model: ModelConfig, sparsity: float, file: Path | None) -> np.ndarray:
+    """Active neurons for each layer and pattern, (L, P, F): random ones, or tokens of a file, shuffled by layer."""
+    rng = np.random.default_rng(0)
+    shape = (model.num_layers, PATTERNS, model.ffn_width)
+    if file is None:
+        active = np.arange(model.ffn_width) < round((1 - sparsity) * model.ffn_width)
+        return rng.permuted(np.broadcast_to(active, shape), axis=-1)
+    held = np.load(file, allow_pickle=False) != 0
+    if held.ndim != 2 or held.shape[1] != model.ffn_width:
+        raise ConfigError([f"{file} has shape {held.shape}; it must be (tokens, {model.ffn_width})"])
+    # One order for all patterns of a layer, so that tokens go on sharing neurons as they do in the file.
+    orders = [rng.permutation(model.ffn_width) for _ in range(model.num_layers)]
+    return np.stack([np.resize(held, shape[1:])[:, order] for order in orders])
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of the fastest read of half a gigabyte: a matrix times a vector, in XLA."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix = jnp.ones((2**14, 2**13), jnp.float32)
+    vector = jnp.ones((2**13, 1), jnp.float32)
+    product = jax.jit(lambda matrix, vector: jnp.einsum("fd,db->fb", matrix, vector))
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        jax.block_until_ready(product(matrix, vector))
+        seconds.append(time.perf_counter() - start)
+    return matrix.nbytes / min(seconds)
+
+
+def weight_bytes(model: ModelConfig, itemsize: int, active_share: float) -> float:
+    """Bytes of weights that one step reads: all but an embedding table that is no head, and rows of inactive neurons."""
+    matrix = model.num_layers * model.ffn_width * model.d_model
+    unread = 0 if model.tie_embeddings else model.vocab_size * model.d_model
+    return itemsize * (count_parameters(model) - unread - 2 * (1 - active_share) * matrix)
+
+
+def cpu_seconds(pids: list[int]) -> tuple[float, float]:
+    """CPU time of the whole machine, and of these processes, since they started; 0 where there is no /proc."""
+    if not Path("/proc/stat").exists():
+        return 0.0, 0.0
+    ticks = os.sysconf("SC_CLK_TCK")
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    # user, nice, system, irq, softirq
+    machine = sum(int(fields[index]) for index in (0, 1, 2, 5, 6)) / ticks
+    own = 0.0
+    for pid in pids:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        own += (int(after_name[11]) + int(after_name[12])) / ticks
+    return machine, own
+
+
+class Rounds:
+    """Speeds of two sides in turns, and how disturbed each round was."""
+
+    def __init__(self, *pids: int):
+        self._pids = [os.getpid(), *pids]
+        self.rounds: list[dict[str, Any]] = []
+
+    def add(self, **sides: Callable[[], dict[str, float]]) -> None:
+        before, start = cpu_seconds(self._pids), time.perf_counter()
+        found = {name: run() for name, run in sides.items()}
+        after, seconds = cpu_seconds(self._pids), time.perf_counter() - start
+        others = (after[0] - before[0]) - (after[1] - before[1])
+        self.rounds.append(found | {"others_share": max(0.0, others / (seconds * (os.cpu_count() or 1)))})
+
+    def summary(self, above: str, below: str) -> dict[str, Any]:
+        """All rounds, medians of both sides and of their ratio. The first round, which compiles, does not count."""
+        counting = self.rounds[1:]
+        quiet = [each for each in counting if each["others_share"] <= QUIET_SHARE]
+        used = quiet or counting
+        median = lambda side, figure: statistics.median(each[side][figure] for each in used)  # noqa: E731
+        return {
+            "rounds": counting,
+            "quiet": bool(quiet),
+            f"{above}_tokens_per_s": median(above, "tokens_per_s"),
+            f"{below}_tokens_per_s": median(below, "tokens_per_s"),
+            "ratio": statistics.median(each[above]["tokens_per_s"] / each[below]["tokens_per_s"] for each in used),
+            "cpu_ratio": statistics.median(each[below]["cpu_s"] / each[above]["cpu_s"] for each in used),
+        }
+
+
+def our_speed(engine: Any, prompts: list[list[int]], tokens: int) -> tuple[dict[str, float], Any]:
+    """Tokens per second and CPU seconds of each step after the first two; the generation, and the first sequence."""
+    from prosparse_jax.inference.sampling import Sampling
+
+    generation = engine.generate(prompts, max_new_tokens=tokens, sampling=Sampling())
+    made, began = [], 0.0
+    for number, step in enumerate(generation):
+        if number == 1:
+            began = time.process_time()
+        made.append(step[0])
+    cpu = (time.process_time() - began) / (tokens - 2)
+    speed = generation.timed_tokens / generation.timed_seconds
+    return {"tokens_per_s": speed, "cpu_s": cpu}, (generation, made)
+
+
+def serve(directory: str, tokens: int) -> None:
+    """A peer: loads the model in transformers, then generates once for each line of standard input."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(THREADS)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    for _ in sys.stdin:
+        with torch.inference_mode():
+            made = model(prompt, use_cache=True)
+            found = [int(made.logits[0, -1].argmax())]
+            for number in range(1, tokens):
+                if number == 2:
+                    start, began = time.perf_counter(), time.process_time()
+                made = model(torch.tensor([found[-1:]]), past_key_values=made.past_key_values, use_cache=True)
+                found.append(int(made.logits[0, -1].argmax()))
+        figures = {
+            "tokens_per_s": (tokens - 2) / (time.perf_counter() - start),
+            "cpu_s": (time.process_time() - began) / (tokens - 2),
+        }
+        print(json.dumps({"figures": figures, "tokens": found}), flush=True)
+
+
+def beside_transformers(directory: Path, tokens: int, rounds: int) -> dict[str, Any]:
+    from prosparse_jax.data.tokenizer import tokenizer_from_files
+    from prosparse_jax.inference.engine import Engine
+    from prosparse_jax.inference.text import encode_prompts
+    from prosparse_jax.interop.sources import open_source
+
+    source = open_source(directory)
+    prompts = encode_prompts(tokenizer_from_files(source.assets, str(directory)), [PROMPT])
+    engine = Engine(source, ffn="dense")
+    start = time.perf_counter()
+    first = our_speed(engine, prompts, tokens)[1][1]
+    compile_seconds = time.perf_counter() - start
+    command = [sys.executable, __file__, "--serve", str(directory), "--tokens", str(tokens)]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert peer.stdin is not None
+    assert peer.stdout is not None
+    rounds_of_both, found, answer = Rounds(peer.pid), [], {}
+
+    def ours() -> dict[str, float]:
+        speed, (_, found[:]) = our_speed(engine, prompts, tokens)
+        return speed
+
+    def theirs() -> dict[str, float]:
+        print(file=peer.stdin, flush=True)
+        answer.update(json.loads(peer.stdout.readline()))
+        return answer["figures"]
+
+    # The peer loads its model while it waits for its first line.
+    for _ in range(rounds + 1):
+        rounds_of_both.add(ours=ours, transformers=theirs)
+    peer.stdin.close()
+    peer.wait()
+    bandwidth = read_bandwidth()
+    limit = bandwidth / weight_bytes(source.model, 4, 1.0)
+    result = rounds_of_both.summary("ours", "transformers")
+    return result | {
+        "peer_environment": {"OMP_WAIT_POLICY": "PASSIVE"},
+        "prompt_tokens": len(prompts[0]),
+        "new_tokens": tokens,
+        "first_generation_seconds": compile_seconds,
+        "same_tokens": found == answer["tokens"] == first,
+        "read_gb_per_s": bandwidth / 1e9,
+        "limit_tokens_per_s": limit,
+        "share_of_limit": result["ours_tokens_per_s"] / limit,
+    }
+
+
+def sparse_beside_dense(source: Any, prompts: list[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
+    """The same weights with dense and with sparse FFNs in turns; both engines share one copy of them."""
+    import copy
+
+    from prosparse_jax.inference.engine import Engine
+
+    engines = {"dense": Engine(source, ffn="dense")}
+    engines["sparse"] = copy.copy(engines["dense"])
+    engines["sparse"].ffn = "sparse"
+    both, generations, texts = Rounds(), {}, {}
+
+    def turn(name: str) -> dict[str, float]:
+        speed, (generations[name], texts[name]) = our_speed(engines[name], prompts, tokens)
+        return speed
+
+    for _ in range(rounds + 1):
+        both.add(sparse=lambda: turn("sparse"), dense=lambda: turn("dense"))
+    bandwidth, sparsity = read_bandwidth(), generations["sparse"].live_sparsity
+    itemsize = engines["dense"].decoder.dtype.itemsize
+    moved = {
+        "dense": weight_bytes(source.model, itemsize, 1.0),
+        # For one token; several activate more neurons together.
+        "sparse": weight_bytes(source.model, itemsize, 1 - sparsity),
+    }
+    return both.summary("sparse", "dense") | {
+        "activation": source.model.activation.name,
+        "batch": len(prompts),
+        "new_tokens": tokens,
+        "compute_dtype": engines["dense"].decoder.dtype.name,
+        "implementation": generations["sparse"].ffn_kind,
+        "live_sparsity": sparsity,
+        "same_tokens": texts["dense"] == texts["sparse"],
+        "read_gb_per_s": bandwidth / 1e9,
+        "bytes_per_token": moved,
+        "ratio_limit_batch_1": moved["dense"] / moved["sparse"],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a Hugging Face directory, to decode beside transformers")
+    parser.add_argument("--sparse", type=Path, nargs="*", default=[], help="ReLU or FATReLU checkpoints")
+    parser.add_argument("--shape", choices=SHAPES, help="decode random weights of this shape")
+    parser.add_argument("--sparsity", type=float, default=0.89, help="of the random weights (default 0.89)")
+    parser.add_argument("--pattern", type=Path, help="an .npy file of intermediate activations, (tokens, F)")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1], help="sequences at a time with --shape (default 1)"
+    )
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each generation (default 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="generations of each kind that count (default 5)")
+    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    problems = []
+    if not (arguments.model or arguments.sparse or arguments.shape):
+        problems.append("there is nothing to decode; give --model, --sparse or --shape")
+    if not 0 <= arguments.sparsity < 1:
+        problems.append(f"--sparsity {arguments.sparsity} must be in [0, 1)")
+    if arguments.pattern and not arguments.pattern.is_file():
+        problems.append(f"--pattern {arguments.pattern} is no file")
+    problems += [f"--batch {batch} must be at least 1" for batch in arguments.batch if batch < 1]
+    if arguments.tokens < 4:
+        problems.append(f"--tokens {arguments.tokens} must be at least 4: the first two are not timed")
+    if arguments.rounds < 1:
+        problems.append(f"--rounds {arguments.rounds} must be at least 1")
+    if problems:
+        raise ConfigError(problems)
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if arguments.serve:
+        return serve(arguments.serve, arguments.tokens)
+    _check(arguments)
+
+    import jax
+
+    from prosparse_jax.interop.sources import open_source
+    from prosparse_jax.observe.files import write_json_atomic
+    from prosparse_jax.runtime import prepare_runtime
+
+    prepare_runtime()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True)
+    record: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "commit": commit.stdout.strip(),
+        "versions": {name: version(name) for name in ("jax", "transformers")},
+    }
+    if arguments.model:
+        record["beside_transformers"] = beside_transformers(arguments.model, arguments.tokens, arguments.rounds)
+    rng = np.random.default_rng(0)
+    for path in arguments.sparse:
+        source = open_source(path)
+        from prosparse_jax.data.tokenizer import tokenizer_from_files
+        from prosparse_jax.inference.text import encode_prompts
+
+        prompts = encode_prompts(tokenizer_from_files(source.assets, str(path)), [PROMPT])
+        found = sparse_beside_dense(source, prompts, arguments.tokens, arguments.rounds)
+        record.setdefault("sparse_checkpoints", {})[path.name] = found
+    if arguments.shape:
+        import dataclasses
+
+        model = dataclasses.replace(SHAPES[arguments.shape], activation=ActivationConfig(name="relu"))
+        masks = pattern_masks(model, arguments.sparsity, arguments.pattern)
+        dtype = np.dtype(jax.numpy.float32 if jax.default_backend() == "cpu" else jax.numpy.bfloat16)
+        source = RandomSource(model, masks, dtype)
+        for batch in arguments.batch:
+            prompts = [rng.integers(0, model.vocab_size, 16).tolist() for _ in range(batch)]
+            found = sparse_beside_dense(source, prompts, arguments.tokens, arguments.rounds)
+            record.setdefault("random_weights", []).append(found | {"shape": arguments.shape})
+    print(json.dumps(record, indent=2))
+    if arguments.out:
+        write_json_atomic(arguments.out, record)
+
+
+if __name__ == "__main__":
+    run_script(main)

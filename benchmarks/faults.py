@@ -1,0 +1,205 @@
+"""Kills, stops and damages a training run at many random moments, and shows that nothing is lost.
+
+    python benchmarks/faults.py --out benchmarks/results/faults-cpu.json
+
+One run of a small model meets one fault after another, and goes on after each as a new process; at the end it is
+compared bit for bit with a run that was left alone. Then the same model is trained by two and by four processes, and
+goes on in other numbers. Minutes on two cores.
+"""
+
+import argparse
+import os
+import platform
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+EVERY = 3
+SPREAD = 8
+RECIPE = """
+from prosparse_jax.config import *
+
+
+def get_config():
+    return Config(
+        name="faults",
+        model=ModelConfig(
+            vocab_size=300, d_model=32, ffn_width=64, num_layers=2, num_query_heads=2, num_kv_heads=2, head_width=16,
+            activation=ActivationConfig(name="relu"),
+        ),
+        sparsity=SparsityConfig(
+            stages=(Stage(peak=0.0, end_step=50), Stage(peak=0.1, end_step=100), Stage(peak=1.0, end_step=300)),
+        ),
+        training=TrainingConfig(steps={steps}, sequences_per_step=4, sequence_length=32),
+        data=DataConfig(paths=({text!r},), validation_share=0.2, cache_directory={cache!r}),
+        checkpoint=CheckpointConfig(every={every}),
+        logging=LoggingConfig(every=1, evaluate_every=25, evaluation_sequences=8, tensorboard=False),
+        mesh=MeshConfig(fsdp=1),
+    )
+"""
+
+
+def write_text(folder: Path) -> Path:
+    """Random words of random letters, the same each time."""
+    folder.mkdir(parents=True)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(40)]
+    for index in range(60):
+        (folder / f"{index}.txt").write_text(" ".join(rng.choices(words, k=300)))
+    return folder
+
+
+def write_recipe(directory: Path, steps: int) -> Path:
+    recipe = directory / f"faults_{steps}.py"
+    text, cache = str(directory / "text"), str(directory / "cache")
+    recipe.write_text(RECIPE.format(steps=steps, text=text, cache=cache, every=EVERY))
+    return recipe
+
+
+def one_process(directory: Path, tries: int, seed: int, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """`tries` faults of one run, as rows by kind. Raises CheckpointError or AssertionError when anything is lost."""
+    from prosparse_jax.prove_resume import DAMAGE, FAULTS, differences, survive
+
+    rng = random.Random(seed)
+    kinds = [FAULTS[i % len(FAULTS)] for i in range(tries)]
+    rng.shuffle(kinds)
+    # Steps enough that no fault comes after the end: each advances by SPREAD at most, in the mean by half of it less losses.
+    config = ["--config", str(write_recipe(directory, steps=5 * tries)), "--run-directory"]
+    alone, faulted = directory / "undisturbed", directory / "faulted"
+    survive([*config, str(alone)], alone, [], seed=0, spread=1, environment=environment)
+    survived = survive(
+        [*config, str(faulted)], faulted, kinds, seed=seed, spread=SPREAD, say=print, environment=environment
+    )
+    different = differences(faulted, alone)
+    assert not different, different
+    rows = []
+    for kind in FAULTS:
+        lost = [fault.lost_steps for fault in survived if fault.kind == kind]
+        rows.append(
+            {
+                "kind": kind,
+                "tries": len(lost),
+                "lost_steps_median": statistics.median(lost) if lost else None,
+                "lost_steps_max": max(lost, default=None),
+                "lost_steps_bound": 0 if kind == "SIGTERM" else EVERY * (3 if kind in DAMAGE else 2),
+                "bit_exact": True,
+            }
+        )
+    return rows
+
+
+def train(
+    directory: Path, name: str, processes: int, environment: dict[str, str], *, resume=False, stop_at=0
+) -> list[float]:
+    """Losses of 24 steps in so many processes; with `stop_at`, the last process gets SIGTERM at that step."""
+    from prosparse_jax.observe.files import read_jsonl
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [
+        sys.executable,
+        str(REPOSITORY / "scripts" / "train.py"),
+        "--config",
+        str(write_recipe(directory, steps=24)),
+    ]
+    command += ["--run-directory", str(directory / name), f"--mesh.data={processes}", *(["--resume"] if resume else [])]
+    started = []
+    for index in range(processes):
+        place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
+        with (directory / f"{name}-{index}.log").open("w") as log:
+            started.append(subprocess.Popen(command, env=environment | place, stdout=log, stderr=subprocess.STDOUT))
+    metrics = directory / name / "metrics.jsonl"
+    while stop_at and started[-1].poll() is None:
+        if len(read_jsonl(metrics)) >= stop_at:
+            started[-1].send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    codes = [process.wait() for process in started]
+    assert codes == [0] * processes, (codes, (directory / f"{name}-0.log").read_text()[-2000:])
+    return [record["loss"] for record in read_jsonl(metrics)]
+
+
+def several_processes(directory: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """Trains with one, two and four processes, and in changing numbers: how far the losses are from those of one."""
+    alone = train(directory, "one", 1, environment)
+    rows = []
+    for chain in ([2], [4], [1, 2], [2, 1], [2, 4], [4, 2]):
+        name = "_".join(map(str, chain))
+        losses = train(directory, name, chain[0], environment, stop_at=8 if len(chain) > 1 else 0)
+        stopped = len(losses)
+        if len(chain) > 1:
+            losses = train(directory, name, chain[1], environment, resume=True)
+        difference = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, alone, strict=True))
+        rows.append({"processes": chain, "changed_after_step": stopped, "largest_relative_loss_difference": difference})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The two tables of docs/faults.md."""
+    lines = [
+        "| fault | tries | steps computed again, median | most | bound | at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["faults"]:
+        median, most, bound = row["lost_steps_median"], row["lost_steps_max"], row["lost_steps_bound"]
+        lines.append(f"| {row['kind']} | {row['tries']} | {median:g} | {most} | {bound} | the same bits |")
+    lines += ["", "| processes | changed after step | largest difference of a loss, relative |", "|---|---|---|"]
+    for row in record["several_processes"]:
+        chain, difference = row["processes"], row["largest_relative_loss_difference"]
+        changed = row["changed_after_step"] if len(chain) > 1 else "–"
+        lines.append(f"| {', then '.join(map(str, chain))} | {changed} | {difference:.1e} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=60, help="faults of the one-process run (default 60)")
+    parser.add_argument("--seed", type=int, default=0, help="decides their moments and kinds (default 0)")
+    parser.add_argument("--directory", type=Path, default=Path("runs/faults"), help="where all runs go; emptied first")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+
+    from prosparse_jax.observe.files import write_json_atomic
+
+    directory = arguments.directory.absolute()
+    shutil.rmtree(directory, ignore_errors=True)
+    write_text(directory / "text")
+    # Programs compile once for all processes, quickly; operations and their order stay the same.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "xla"),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "grain", "numpy")},
+        "checkpoint_every": EVERY,
+        "seed": arguments.seed,
+        "faults": one_process(directory, arguments.tries, arguments.seed, environment),
+        "several_processes": several_processes(directory, environment),
+    }
+    shutil.rmtree(directory)
+    print(markdown(record))
+    if arguments.out:
+        write_json_atomic(arguments.out, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Everything about the sparse FFN that needs a GPU, in one run: ceilings, correctness, and dense against sparse.
+
+  python benchmarks/gpu_ffn.py --out benchmarks/results/ffn-h100.json        # about 15 minutes, 20 GB of GPU memory
+  python benchmarks/gpu_ffn.py --toy --out /tmp/ffn.json                     # the same code on any machine, to try it out
+
+1. Ceilings: copying in device memory, and an 8192-cubed bfloat16 product.
+2. Every kernel against numpy in float64, on fresh random inputs and, with --pattern, on real activations; 1 to 8 tokens.
+3. Time of every step by sparsity and batch, dense and sparse, with its share of the byte limit; and, from that, the share
+   of active neurons at which sparse stops winning, which belongs into pallas_kernels/api.py.
+
+The file is written after every row, so an interrupted run keeps what it has. A wrong kernel ends the run with exit code 1.
+"""
+
+import argparse
+import datetime
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import api, bench, reference
+from pallas_kernels.down import down
+from pallas_kernels.fused_ffn import fused_ffn
+from pallas_kernels.gate_up import gate_up
+from pallas_kernels.shapes import LARGEST_BATCH, ffn_bytes
+from prosparse_jax.errors import ConfigError, run_script
+from prosparse_jax.observe.files import write_json_atomic
+from prosparse_jax.observe.profiling import processor_name, read_pattern
+from prosparse_jax.runtime import prepare_runtime
+
+BATCHES = (1, 2, 4, 8, 16)
+SPARSITIES = (0.0, 0.5, 0.67, 0.89, 0.95, 0.99)
+# Largest error of a float32 result in units of its largest value: sums of up to 13,824 products in another order.
+FLOAT32 = 1e-5
+# The same for a result in bfloat16, or made from intermediate activations that were rounded to it.
+BFLOAT16 = 1e-2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--models", nargs="+", default=["7b", "13b"], choices=["7b", "13b", "1b"])
+    parser.add_argument("--pattern", type=Path, help=".npy of real activations of the 7B model, (tokens, 11008)")
+    parser.add_argument("--toy", action="store_true", help="a tiny shape, on any device: tries this script out")
+    arguments = parser.parse_args()
+    prepare_runtime()
+    on_gpu = jax.default_backend() == "gpu"
+    if not on_gpu and not arguments.toy:
+        raise ConfigError(
+            [f"this is a {jax.default_backend()} and the figures are of a GPU; --toy tries the script out"]
+        )
+    models = ["toy"] if arguments.toy else arguments.models
+    pattern = None
+    if arguments.pattern:
+        pattern = read_pattern(arguments.pattern, bench.SHAPES["toy" if arguments.toy else "7b"][1], LARGEST_BATCH)
+    record: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind if on_gpu else f"{processor_name()}, CPU",
+        "toy": arguments.toy,
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"jax": jax.__version__},
+    }
+
+    def save() -> None:
+        write_json_atomic(arguments.out, record)
+
+    record["ceilings"] = ceilings(256 if arguments.toy else 8192)
+    print(f"{record['device']}: {record['ceilings']}", flush=True)
+    save()
+    record["errors"] = []
+    for model in models:
+        check(record["errors"], model, pattern if model in ("7b", "toy") else None, on_gpu=on_gpu)
+        save()
+    wrong = [row for row in record["errors"] if not row["error"] <= row["allowed"]]
+    if wrong:
+        print(f"wrong results, nothing was timed: {wrong}", file=sys.stderr)
+        raise SystemExit(1)
+    record["sweep"] = []
+    batches = (1, 4) if arguments.toy else BATCHES
+    for model in models:
+        for batch in batches:
+            sweep(record["sweep"], model, batch, record["ceilings"]["copy_gb_per_s"] * 1e9, save)
+    record["crossover"] = crossovers(record["sweep"])
+    save()
+    print(f"figures in {arguments.out}")
+
+
+def _commit() -> str:
+    """Of this folder's repository, with + where files differ from it; unknown outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    described = subprocess.run([*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True)
+    return described.stdout.strip() or "unknown"
+
+
+def ceilings(size: int) -> dict[str, float]:
+    """Copy bandwidth, and the rate of a product of two (size, size) matrices in bfloat16."""
+    left = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    products = 20
+
+    @jax.jit
+    def chain(matrix: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, products, lambda _, result: (left @ result) * 0.01, matrix)
+
+    jax.block_until_ready(chain(left))
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(chain(left))
+        taken.append(time.perf_counter() - start)
+    rate = products * 2 * size**3 / statistics.median(taken)
+    return {"copy_gb_per_s": bench.copy_bandwidth() / 1e9, "matmul_tflop_per_s": rate / 1e12}
+
+
+def check(rows: list[dict[str, Any]], model: str, pattern: np.ndarray | None, *, on_gpu: bool) -> None:
+    """Adds the largest error of every kernel, beside float64, for 1 to 8 tokens, random and real patterns."""
+    width, neurons = bench.SHAPES[model]
+    for batch in (1, 2, 4, LARGEST_BATCH):
+        patterns = {"random": bench.random_masks(batch, neurons, 0.89)}
+        if pattern is not None:
+            patterns["real"] = pattern[:batch]
+        for name, masks_BF in patterns.items():
+            (call,) = bench.make_calls(masks_BF[None], width, jnp.dtype(jnp.bfloat16 if on_gpu else jnp.float32))
+            for kernel, (found, expected, allowed) in _results(call, on_gpu=on_gpu).items():
+                error = float(np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max())
+                row = {"model": model, "batch": batch, "pattern": name, "kernel": kernel}
+                rows.append(row | {"error": error, "allowed": allowed})
+                print(f"{model} batch {batch} {name} {kernel}: error {error:.1e}, allowed {allowed:.0e}", flush=True)
+
+
+def _results(call: bench.Call, *, on_gpu: bool) -> dict[str, tuple[jax.Array, np.ndarray, float]]:
+    """What each kernel gives for a call, what float64 gives, and the error allowed between them."""
+    x_BD, gate_FD, up_FD, down_FD = (np.asarray(array, np.float64) for array in (call.x_BD, *call[3:]))
+    zero = jnp.float32(0)
+    # As the kernels do: the gate product is rounded to the dtype of the weights before it is compared.
+    exact_FB = jnp.asarray(np.asarray(gate_FD @ x_BD.T, np.float32))
+    gate_FB = np.asarray(reference.activated(exact_FB, zero, call.x_BD.dtype), np.float64)
+    x1_FB = gate_FB * (up_FD @ x_BD.T)
+    y_BD = x1_FB.T @ down_FD
+    whole: api.Implementation = "mosaic_gpu" if on_gpu else "xla_gather"
+    step2, step3 = (gate_up, down) if on_gpu else (reference.gathered_gate_up, reference.gathered_down)
+    rounded_x1 = jnp.asarray(x1_FB, jnp.float32)
+    results = {
+        "gate_up": (step2(call.x_BD, exact_FB, call.up_FD, zero), x1_FB, FLOAT32),
+        "down": (step3(rounded_x1, call.down_FD), y_BD, FLOAT32),
+        "sparse_ffn": (
+            api.sparse_ffn(call.x_BD, call.gate_FD, call.up_FD, call.down_FD, 0.0, implementation=whole),
+            y_BD,
+            BFLOAT16,
+        ),
+    }
+    if on_gpu and len(x_BD) == 1:
+        results["fused_ffn"] = (fused_ffn(call.x_BD, call.gate_FD, call.up_FD, call.down_FD, zero), y_BD, BFLOAT16)
+    return results
+
+
+def sweep(rows: list[dict[str, Any]], model: str, batch: int, bandwidth: float, save: Callable[[], None]) -> None:
+    """Adds the times of one model and batch for every sparsity; the dense programs are timed once, at the first."""
+    width, neurons = bench.SHAPES[model]
+    on_gpu = jax.default_backend() == "gpu"
+    kernels: api.Implementation = "mosaic_gpu" if on_gpu and batch <= LARGEST_BATCH else "xla_gather"
+    dtype = jnp.dtype(jnp.bfloat16 if on_gpu else jnp.float32)
+    programs = bench.named_programs(kernels)
+    dense: dict[str, float] = {}
+    for sparsity in SPARSITIES:
+        masks_NBF = bench.random_masks(bench.CALLS * batch, neurons, sparsity).reshape(bench.CALLS, batch, neurons)
+        union = float(masks_NBF.any(axis=1).mean())
+        calls = bench.make_calls(masks_NBF, width, dtype)
+        due = {name: forms for name, forms in programs.items() if name.startswith("sparse") or not dense}
+        seconds = bench.fastest_seconds(due, calls)
+        dense |= {name: value for name, value in seconds.items() if name.startswith("dense")}
+        moved = ffn_bytes(width, neurons, dtype.itemsize, union)
+        row = {"model": model, "batch": batch, "sparsity": sparsity, "union_active_share": union}
+        row |= {"implementation": kernels, "steps": {}}
+        for step in bench.STEPS:
+            plain = dense[f"dense/{step}"]
+            quick = seconds.get(f"sparse/{step}", plain)
+            row["steps"][step] = {
+                "dense_us": 1e6 * plain,
+                "sparse_us": 1e6 * quick,
+                "speedup": plain / quick,
+                "share_of_limit": moved[step] / bandwidth / quick,
+                # Where all calls together read less than two caches, a step may find its rows there.
+                "cold": bench.CALLS * moved[step] > 2 * bench.last_level_cache(),
+            }
+        rows.append(row)
+        ffn = row["steps"]["ffn"]
+        print(
+            f"{model} batch {batch} sparsity {sparsity}: {ffn['speedup']:.2f}x, {ffn['share_of_limit']:.0%} of the limit"
+        )
+        save()
+
+
+def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each model and batch, the active share of the union at which the whole sparse FFN takes as long as the dense.
+
+    Interpolated between the measured shares; None where one of the two wins at all of them.
+    """
+    found = []
+    for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
+        points = sorted((row["union_active_share"], row["steps"]["ffn"]["speedup"]) for row in own)
+        share = None
+        for (low, quick), (high, slow) in itertools.pairwise(points):
+            if quick >= 1 > slow:
+                share = low + (high - low) * (quick - 1) / (quick - slow)
+        found.append({"model": model, "batch": batch, "active_share": share})
+    return found
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,70 @@
+"""Sizes and checksums of the files of a checkpoint: what tells a torn or changed one from a whole one.
+
+Zarr chunks carry no checksum here, so that a flipped bit would otherwise become a weight. `manifest.json` is written into
+the checkpoint after it has its final name; one without it was killed in between, or is older than this file.
+"""
+
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from prosparse_jax.observe.files import write_json_atomic
+
+MANIFEST = "manifest.json"
+_BLOCK_BYTES = 2**24
+_THREADS = 4
+"""zlib.crc32 lets other threads run; four of them keep up with a fast disk."""
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Records size and CRC-32 of every file of `checkpoint`. Raises OSError."""
+    files = _files(checkpoint)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        entries = list(pool.map(lambda name: [(checkpoint / name).stat().st_size, _checksum(checkpoint / name)], files))
+    write_json_atomic(checkpoint / MANIFEST, {"files": dict(zip(files, entries, strict=True))})
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Whether `damage` can tell anything about it."""
+    return (checkpoint / MANIFEST).is_file()
+
+
+def damage(checkpoint: Path) -> list[str]:
+    """What differs between the files of `checkpoint` and its manifest, one sentence each; empty for a whole one.
+
+    Reads every byte. Files that came later do not count.
+    """
+    try:
+        recorded = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+        expected = {str(name): (int(size), int(crc)) for name, (size, crc) in recorded.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read ({error})"]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda item: _difference(checkpoint, item[0], *item[1]), expected.items())
+        return [text for text in found if text]
+
+
+def _difference(checkpoint: Path, name: str, size: int, crc: int) -> str | None:
+    path = checkpoint / name
+    try:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        return None if _checksum(path) == crc else f"{name} has other content than was written"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+
+
+def _files(checkpoint: Path) -> list[str]:
+    paths = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(path.relative_to(checkpoint).as_posix() for path in paths)
+
+
+def _checksum(path: Path) -> int:
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -1,0 +1,85 @@
+"""How conversations become text: the templates, and which characters of the text are responses."""
+
+import string
+from collections.abc import Sequence
+from typing import NamedTuple
+
+PLAIN, LLAMA2_CHAT = "plain", "llama2_chat"
+_FIELDS = ["prompt", "response"]
+_PLAIN_FORM = "{prompt}\n{response}"
+# Between the exchanges of a conversation that no special token separates.
+_BETWEEN = "\n\n"
+
+
+class Exchange(NamedTuple):
+    """A prompt and the response to it."""
+
+    prompt: str
+    response: str
+
+
+class Rendered(NamedTuple):
+    """The text of a conversation. Ranges count characters of `text`."""
+
+    text: str
+    responses: tuple[tuple[int, int], ...]
+    """From the first character of a response to the next prompt: what follows a response has to be generated too."""
+    cuts: tuple[int, ...]
+    """Where EOS and BOS stand between two exchanges."""
+
+
+def template_problem(template: str) -> str | None:
+    """What is wrong with a template, or None."""
+    if template in (PLAIN, LLAMA2_CHAT):
+        return None
+    try:
+        parsed = [part for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        return f"is not a format string ({error})"
+    fields = [field for _, field, _, _ in parsed]
+    if any(form or conversion for _, _, form, conversion in parsed):
+        return "has a format or conversion inside braces; write {prompt} and {response} alone"
+    if fields != _FIELDS:
+        return f"has the fields {fields}, where {{prompt}} and after it {{response}} are needed, once each"
+    return None
+
+
+def render(template: str, exchanges: Sequence[Exchange], system: str = "") -> Rendered:
+    """The text of a conversation and where its responses are.
+
+    llama2_chat is the format that Llama-2-Chat was trained with (llama/generation.py in Meta's repository): every
+    exchange is `[INST] prompt [/INST] response `, between BOS and EOS, and a system message stands in the first
+    prompt. The other templates put a system message before the first prompt, as a line of its own.
+    """
+    pieces: list[str] = []
+    responses, cuts, length = [], [], 0
+    for index, (prompt, response) in enumerate(exchanges):
+        before, after = _around(template, prompt, system if index == 0 else "")
+        if template == LLAMA2_CHAT:
+            response = response.strip()
+        if index and template == LLAMA2_CHAT:
+            cuts.append(length)
+        elif index:
+            before = _BETWEEN + before
+        begin, length = length + len(before), length + len(before) + len(response) + len(after)
+        responses.append((begin, length))
+        pieces += before, response, after
+    return Rendered("".join(pieces), tuple(responses), tuple(cuts))
+
+
+def _around(template: str, prompt: str, system: str) -> tuple[str, str]:
+    """What stands before and after a response."""
+    if template == LLAMA2_CHAT:
+        told = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+        return f"[INST] {(told + prompt).strip()} [/INST] ", " "
+    prompt = f"{system}\n{prompt}" if system else prompt
+    form = _PLAIN_FORM if template == PLAIN else template
+    before, after = "", ""
+    for literal, field, _, _ in string.Formatter().parse(form):
+        if field == "response":
+            before += literal
+        elif field == "prompt":
+            before += literal + prompt
+        else:
+            after = literal
+    return before, after

@@ -1,0 +1,87 @@
+"""Profiles of a running job: a window of steps, on request or by the config, and the memory at the moment it ran out."""
+
+import contextlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+import jax
+
+from prosparse_jax.errors import OutOfMemoryError
+
+PROFILE_DIRECTORY = "profile"
+MEMORY_FILE = "memory.prof"
+
+# docs/performance.md: the compiled 7B step on eight A100-80G, four sequences per GPU and micro-batch.
+_REMAT_GIB = (
+    "full 13, attention 17, attention_gate 27, dots 50, most 54, none 78 GiB of working memory for the 7B recipe"
+)
+
+
+class ProfilerWindow:
+    """Records `steps` steps with the JAX profiler, after step `start` and after each SIGUSR1.
+
+    View it with `xprof --logdir <run>/profile` (pip install xprof) or in Perfetto.
+
+    Args:
+        directory: Of the run; profiles go to `profile/` in it.
+        start: 0 for none but on a signal.
+        steps: At least 1.
+        say: Told where a profile is.
+    """
+
+    def __init__(self, directory: Path, *, start: int, steps: int, say: Callable[[str], None]):
+        self._directory = directory / PROFILE_DIRECTORY
+        self._start, self._steps, self._say = start, steps, say
+        self._signalled = False
+        self._until: int | None = None
+        self._previous: object = None
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGUSR1, lambda number, frame: setattr(self, "_signalled", True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGUSR1, self._previous)  # pyrefly: ignore
+        if self._until is not None:
+            self._stop()
+
+    def at(self, step: int, state: object) -> None:
+        """Between two steps: starts or ends a window. `state` is waited for at its edges, and only there."""
+        if self._until is None:
+            if self._signalled or (self._start and step == self._start):
+                self._signalled = False
+                jax.block_until_ready(state)
+                jax.profiler.start_trace(str(self._directory))
+                self._until = step + self._steps
+        elif step >= self._until:
+            jax.block_until_ready(state)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._until = None
+        jax.profiler.stop_trace()
+        self._say(f"profile written to {self._directory}")
+
+
+@contextlib.contextmanager
+def explaining_out_of_memory(directory: Path):
+    """Turns the devices' out-of-memory error into an OutOfMemoryError that names what to change, and keeps a profile of
+    what was allocated as `profile/memory.prof` in `directory` (view it with pprof)."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        path = directory / PROFILE_DIRECTORY / MEMORY_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jax.profiler.save_device_memory_profile(str(path))
+        raise OutOfMemoryError(
+            f"the devices ran out of memory: {str(error).splitlines()[0]}\n"
+            f"What was allocated: {path} (view it with pprof). To need less, cheapest first:\n"
+            "  --training.microbatches: twice as many halve the activations of a micro-batch; the step stays the same\n"
+            f"  --training.remat: recompute more in the backward pass ({_REMAT_GIB}; docs/performance.md)\n"
+            "  --mesh.fsdp: more devices share the 12 bytes a parameter of weights and optimizer; mesh.data copies them\n"
+            "  XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 gives JAX more of a GPU than its 75 %"
+        ) from error

@@ -1,0 +1,41 @@
+"""What a measured figure needs beside it to be trusted and repeated: machine, commit, command, versions."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def processor_name() -> str:
+    """The CPU, as far as the system tells."""
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that runs, with "-dirty" where files differ from it; "unknown" outside of a git checkout."""
+    command = ["git", "-C", str(_REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """First entries of a result file: processor, cores, commit, command line, versions of Python and `packages`."""
+    return {
+        "machine": {"processor": processor_name(), "cores": os.cpu_count()},
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }

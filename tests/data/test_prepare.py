@@ -1,0 +1,322 @@
+"""Prepared directories: every document comes back out of them, whoever was killed and however they are packed."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prosparse_jax.config import DataConfig, SourceConfig
+from prosparse_jax.data.documents import is_validation
+from prosparse_jax.data.encode import Encoder, encode_documents, wrapping
+from prosparse_jax.data.loader import training_iterator
+from prosparse_jax.data.packing import pack
+from prosparse_jax.data.prepare import prepare_directory
+from prosparse_jax.data.sources import Skipped, read_source, sources_of
+from prosparse_jax.data.token_cache import prepare_tokens
+from prosparse_jax.data.tokenizer import load_tokenizer, train_byte_level_bpe
+from prosparse_jax.errors import DataError
+
+
+@pytest.fixture
+def mixture(tmp_path, prose, small_bpe, monkeypatch) -> DataConfig:
+    """Texts, questions with answers, and chats, whose tokenizer has BOS and EOS of its own."""
+    monkeypatch.setattr("prosparse_jax.data.encode.BATCH_DOCUMENTS", 10)
+    folder = tmp_path / "raw"
+    folder.mkdir()
+
+    def write(name: str, records: list[dict]) -> str:
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(folder / name)
+
+    texts = [{"text": prose(n, 1 + 7 * n % 90)} for n in range(120)]
+    questions = [{"prompt": prose(n, 5), "response": prose(1000 + n, 3)} for n in range(90)]
+    chats = [{"data": [prose(n + k, 4) for k in range(2 * (1 + n % 3))]} for n in range(60)]
+    return DataConfig(
+        sources=(
+            SourceConfig(name="texts", weight=0.5, paths=(write("texts.jsonl", texts),)),
+            SourceConfig(name="questions", weight=0.3, paths=(write("questions.jsonl", questions),),
+                         records="prompt_response", loss_on="response"),
+            SourceConfig(name="chats", weight=0.2, paths=(write("chats.jsonl", chats),), records="ultrachat",
+                         template="llama2_chat", loss_on="response"),
+        ),
+        tokenizer=str(write_tokenizer(tmp_path / "tokenizer", small_bpe)),
+        validation_share=0.2,
+        cache_directory=str(tmp_path / "cache"),
+    )  # fmt: skip
+
+
+def write_tokenizer(folder: Path, bpe) -> Path:
+    """The trained BPE with <s> before and </s> after each document."""
+    folder.mkdir()
+    backend = json.loads(bpe.files["tokenizer.json"])
+    for number, token in enumerate(("<s>", "</s>")):
+        entry = backend["added_tokens"][0] | {"id": 300 + number, "content": token}
+        backend["added_tokens"].append(entry)
+    backend["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [300], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return folder
+
+
+def prepare(data: DataConfig, out: Path, **options):
+    tokenizer = load_tokenizer(Path(data.tokenizer))
+    return prepare_directory(
+        data, tokenizer, out, **{"processes": 0, "report": lambda *_: None, "say": lambda _: None, **options}
+    )
+
+
+def opened(data: DataConfig):
+    return prepare_tokens(data, load_tokenizer(Path(data.tokenizer)))
+
+
+def documents_of(data: DataConfig) -> dict[str, list[str]]:
+    """The training documents of each source as <s>text</s>, conversations as one after another."""
+    expected = {}
+    for source in sources_of(data):
+        expected[source.name] = []
+        for document in read_source(source, data, Skipped()):
+            if not is_validation(document.name, data.validation_share):
+                borders = [0, *document.cuts, len(document.text)]
+                pieces = (document.text[a:b] for a, b in itertools.pairwise(borders))
+                expected[source.name].append("".join(f"<s>{piece}</s>" for piece in pieces))
+    return expected
+
+
+@pytest.mark.parametrize("packing", ["concat_then_split", "best_fit"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_epoch_of_batches_decodes_to_all_documents_none_lost_or_doubled(mixture, tmp_path, packing, masks):
+    prepare(mixture, tmp_path / "out", shard_tokens=1500)
+    data = dataclasses.replace(
+        mixture, prepared=str(tmp_path / "out"), packing=packing, document_masks=masks, prefetch=0
+    )
+    tokenizer, sources = load_tokenizer(Path(data.tokenizer)), opened(data)
+    rows = collections.defaultdict(list)
+    iterator = training_iterator(sources, data, sequence_length=512, batch_size=2, seed=1)
+    lengths = [len(pack(s.train, data, source=0, sequence_length=512, seed=0)) for s in sources]
+    while min(len(rows[index]) - lengths[index] for index in range(3)) < 0:
+        batch = next(iterator)
+        for row in range(2):
+            rows[int(batch["source"][row])].append({key: value[row] for key, value in batch.items()})
+    expected = documents_of(data)
+    for index, source in enumerate(sources):
+        epoch, wanted = rows[index][: lengths[index]], expected[source.name]
+        if packing == "concat_then_split":
+            assert decode_concatenated(epoch, source, tokenizer) == "".join(wanted)
+        elif masks:
+            assert sorted(decode_segments(epoch, tokenizer)) == sorted(wanted)
+        else:
+            # Without segments the exchanges of a conversation are told apart, but not conversations.
+            assert sorted(split_at_bos(decode_rows(epoch, tokenizer))) == sorted(split_at_bos(wanted))
+
+
+def decode_concatenated(epoch, source, tokenizer) -> str:
+    """Puts the sequences in their order again, by the tokens that they hold."""
+    tokens = source.train.tokens[:]
+    whole = []
+    for begin in range(0, len(tokens) - 1, 512):
+        count = min(512, len(tokens) - 1 - begin)
+        (row,) = [
+            index for index, row in enumerate(epoch)
+            if row["mask"].sum() == count and (row["inputs"][:count] == tokens[begin : begin + count]).all()
+        ]  # fmt: skip
+        taken = epoch.pop(row)
+        whole.append(taken["inputs"][taken["mask"]])
+    assert not epoch
+    return tokenizer.decode(np.concatenate([*whole, taken["targets"][taken["mask"]][-1:]]), skip_special_tokens=False)
+
+
+def decode_segments(epoch, tokenizer) -> list[str]:
+    """Documents by their segments: the inputs, and the last target."""
+    texts = []
+    for row in epoch:
+        for segment in range(1, row["segments"].max() + 1):
+            inputs, targets = (row[key][row["segments"] == segment] for key in ("inputs", "targets"))
+            texts.append(tokenizer.decode([*inputs, targets[-1]], skip_special_tokens=False))
+    return texts
+
+
+def decode_rows(epoch, tokenizer) -> list[str]:
+    texts = []
+    for row in epoch:
+        inputs, targets = row["inputs"][row["mask"]], row["targets"][row["mask"]]
+        # A document's last token is a target only: it stands where the next input does not continue it.
+        tokens = []
+        for place, token in enumerate(inputs):
+            tokens.append(token)
+            if place + 1 == len(inputs) or targets[place] != inputs[place + 1]:
+                tokens.append(targets[place])
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=False))
+    return texts
+
+
+def split_at_bos(texts: list[str]) -> list[str]:
+    return ["<s>" + part for text in texts for part in text.split("<s>")[1:]]
+
+
+def test_only_responses_and_the_eos_after_them_count(mixture):
+    tokenizer = load_tokenizer(Path(mixture.tokenizer))
+    for source in mixture.sources[1:]:
+        documents = list(read_source(source, mixture, Skipped()))
+        encoded = encode_documents(tokenizer, wrapping(mixture, tokenizer), documents, with_loss=True)
+        ends = np.cumsum(encoded.lengths)
+        for document, end, length in zip(documents, ends, encoded.lengths, strict=True):
+            tokens, counts = (x[end - length : end] for x in (encoded.tokens, encoded.counts_in_loss))
+            pieces = [document.text[begin:stop] for begin, stop in document.responses]
+            counted = tokenizer.decode(tokens[counts == 1], skip_special_tokens=False)
+            # The token at the border may hold the space or line break before the response.
+            assert counted.replace(" ", "").replace("\n", "") == "".join(
+                f"{piece}</s>" if source.name == "chats" or index + 1 == len(pieces) else piece
+                for index, piece in enumerate(pieces)
+            ).replace(" ", "").replace("\n", "")
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_prepared_directory_holds_what_the_cache_does(mixture, tmp_path, processes):
+    prepare(mixture, tmp_path / "out", processes=processes, shard_tokens=1500)
+    on_the_fly, prepared = opened(mixture), opened(dataclasses.replace(mixture, prepared=str(tmp_path / "out")))
+    assert len(json.loads((tmp_path / "out" / "texts" / "manifest.json").read_text())["shards"]) > 2
+    for one, other in zip(on_the_fly, prepared, strict=True):
+        for left, right in ((one.train, other.train), (one.validation, other.validation)):
+            np.testing.assert_array_equal(left.tokens[:], right.tokens[:])
+            np.testing.assert_array_equal(left.ends, right.ends)
+            assert (left.counts_in_loss is None) == (right.counts_in_loss is None)
+            if left.counts_in_loss is not None:
+                np.testing.assert_array_equal(left.counts_in_loss[:], right.counts_in_loss[:])
+
+
+def test_the_text_is_not_needed_any_more(mixture, tmp_path):
+    prepare(mixture, tmp_path / "out")
+    for file in (tmp_path / "raw").iterdir():
+        file.unlink()
+    assert [s.name for s in opened(dataclasses.replace(mixture, prepared=str(tmp_path / "out")))] == [
+        "texts", "questions", "chats",
+    ]  # fmt: skip
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from prosparse_jax.config_io import _converter
+from prosparse_jax.config import DataConfig
+from prosparse_jax.data import prepare
+from prosparse_jax.data.tokenizer import load_tokenizer
+import json
+data = _converter.structure(json.loads(sys.argv[1]), DataConfig)
+calls = 0
+def report(*_):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare.prepare_directory(data, load_tokenizer(Path(data.tokenizer)), Path(sys.argv[2]), processes=0, report=report,
+                          say=print, shard_tokens=1500)
+"""
+
+
+def test_a_killed_preparation_goes_on_where_it_was(mixture, tmp_path, monkeypatch):
+    """Killed after 3, then 5, then 7 reports; what comes out is what an uninterrupted call makes, file by file."""
+    small = KILLED.replace("calls = 0", "from prosparse_jax.data import encode\nencode.BATCH_DOCUMENTS = 10\ncalls = 0")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    settings = json.dumps(dataclasses.asdict(mixture))
+    out = tmp_path / "out"
+    for reports in (3, 5, 7):
+        command = [sys.executable, "-c", small, settings, str(out), str(reports)]
+        assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    finished = len(json.loads((out / "texts" / "progress.json").read_text())["shards"])
+    assert finished > 0
+    encoded = []
+    original = Encoder.encode
+
+    def counting(self, documents, **options):
+        for batch, result in original(self, documents, **options):
+            encoded.extend(batch)
+            yield batch, result
+
+    monkeypatch.setattr(Encoder, "encode", counting)
+    prepare(mixture, out, shard_tokens=1500)
+    assert len(encoded) < 270, "finished shards are not tokenised again"
+    prepare(mixture, tmp_path / "whole", shard_tokens=1500)
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            assert (out / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
+    assert {p.relative_to(out) for p in out.rglob("*")} == {
+        p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*")
+    }
+
+
+def test_made_again_it_compares_checksums(mixture, tmp_path):
+    out, said = tmp_path / "out", []
+    prepare(mixture, out)
+    prepare(mixture, out, say=said.append)
+    assert said == [f"{name}: complete, checksums are right" for name in ("texts", "questions", "chats")]
+    shard = out / "questions" / "00000.train.tokens"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    for action in (lambda: prepare(mixture, out), lambda: opened(dataclasses.replace(mixture, prepared=str(out)))):
+        with pytest.raises(DataError, match=r"questions/00000\.train\.tokens has the right size, but its checksum"):
+            action()
+
+
+def test_a_folder_of_text_is_never_taken_for_one_of_tokens(mixture, tmp_path):
+    """--out may be the place where the sources are."""
+    text = tmp_path / "texts" / "part.jsonl"
+    text.parent.mkdir()
+    text.write_text('{"text": "irreplaceable"}')
+    with pytest.raises(
+        DataError, match=r"texts holds files that are no tokens, such as part\.jsonl\. Choose another --out"
+    ):
+        prepare(mixture, tmp_path)
+    assert text.read_text() == '{"text": "irreplaceable"}'
+
+
+def test_a_truncated_shard_is_named(mixture, tmp_path):
+    prepare(mixture, tmp_path / "out")
+    shard = tmp_path / "out" / "chats" / "00000.train.loss"
+    size = shard.stat().st_size
+    os.truncate(shard, 10)
+    with pytest.raises(DataError, match=rf"chats/00000\.train\.loss has 10 bytes where {size} were written"):
+        opened(dataclasses.replace(mixture, prepared=str(tmp_path / "out")))
+
+
+def test_tokens_of_something_else_are_refused(mixture, tmp_path, prose):
+    out = tmp_path / "out"
+    prepare(mixture, out)
+    data = dataclasses.replace(mixture, prepared=str(out))
+    with pytest.raises(DataError, match="another tokenizer"):
+        prepare_tokens(data, train_byte_level_bpe([prose(9)], 290))
+    with pytest.raises(
+        DataError, match=r"other BOS and EOS tokens .*another validation_share \(0\.2, this run's: 0\.1\)"
+    ):
+        opened(dataclasses.replace(data, validation_share=0.1, bos="never"))
+    with pytest.raises(DataError, match=r"other sources \(\['texts', 'questions', 'chats'\], this run's: \['text'\]\)"):
+        opened(dataclasses.replace(data, sources=()))
+    changed = dataclasses.replace(mixture.sources[2], template="plain")
+    with pytest.raises(DataError, match=r"another template of chats \('llama2_chat', this run's: 'plain'\)"):
+        opened(dataclasses.replace(data, sources=(*mixture.sources[:2], changed)))
+    # Weights are the run's own business.
+    opened(dataclasses.replace(data, sources=tuple(dataclasses.replace(s, weight=1.0) for s in mixture.sources)))
+    with pytest.raises(DataError, match="holds tokens of other text"):
+        prepare(dataclasses.replace(mixture, validation_share=0.1), out)
+    other = train_byte_level_bpe([prose(9)], 290)
+    with pytest.raises(DataError, match=r"holds tokens of another tokenizer\. Delete it, or choose another --out"):
+        prepare_directory(mixture, other, out, processes=0, report=lambda *_: None, say=print)
+    assert (out / "tokenizer" / "tokenizer.json").read_bytes() == Path(data.tokenizer, "tokenizer.json").read_bytes()
+    (out / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"prepare_data\.py has not ended"):
+        opened(data)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        opened(dataclasses.replace(data, prepared=str(tmp_path / "nothing")))

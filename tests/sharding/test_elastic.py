@@ -1,0 +1,132 @@
+"""A checkpoint of eight devices, restored onto other numbers of them, onto other axes, and without its optimizer state."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from prosparse_jax import checkpoint
+from prosparse_jax.checkpoint import CheckpointStore
+from prosparse_jax.config_io import config_to_dict
+from prosparse_jax.data.loader import training_iterator
+from prosparse_jax.interop.sources import open_source
+from prosparse_jax.interop.weights import load_sharded
+from prosparse_jax.training.setup import build_program
+from tests.support import small_config
+
+pytestmark = pytest.mark.sharding
+
+ROOT = Path(__file__).parents[2]
+MESHES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 4), (1, 16), (2, 8)]
+"""(data, fsdp): 1, 2, 4 and 16 devices."""
+WIDTHS = {"ffn_width": 48, "num_kv_heads": 4, "head_width": 16}
+"""All split over 16 devices."""
+
+
+def program_of(data: int, fsdp: int):
+    config = small_config(model=WIDTHS, mesh={"data": data, "fsdp": fsdp})
+    return build_program(config, jax.devices()[: data * fsdp])
+
+
+def abstract_state(program):
+    with jax.set_mesh(program.mesh):
+        return program.abstract_state()
+
+
+def random_state(program):
+    """Every array of the state from numpy: any bits would do, and no two arrays are alike."""
+    abstract = abstract_state(program)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.key(7), leaf.sharding)
+        return jax.device_put(rng.standard_normal(leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(draw, abstract)
+
+
+def bits(state) -> dict[str, bytes]:
+    plain = state._replace(rng=jax.random.key_data(state.rng))
+    return {name: np.asarray(leaf).tobytes() for name, leaf in checkpoint.named_leaves(plain).items()}
+
+
+def tokens():
+    return training_iterator(np.arange(5000, dtype=np.uint16) % 64, sequence_length=8, batch_size=16, seed=0)
+
+
+def save(directory: Path, program, state) -> None:
+    iterator = tokens()
+    next(iterator)
+    with CheckpointStore(directory, keep=1) as store:
+        store.save(
+            1,
+            parameters=state.parameters,
+            optimizer=state._replace(parameters={}),
+            data_iterator=iterator,
+            config=config_to_dict(program.config),
+            assets={},
+        )
+
+
+def restore(directory: Path, program):
+    abstract, iterator = abstract_state(program), tokens()
+    with CheckpointStore(directory, keep=1) as store:
+        parameters, rest = store.restore(
+            1, parameters=abstract.parameters, optimizer=abstract._replace(parameters={}), data_iterator=iterator
+        )
+    return rest._replace(parameters=parameters), next(iterator)
+
+
+def check_every_mesh(directory: Path) -> None:
+    """In a process of its own, with 16 fake devices."""
+    assert jax.device_count() == 16
+    program = program_of(1, 8)
+    state = random_state(program)
+    expected = bits(state)
+    save(directory, program, state)
+    position = tokens()
+    next(position)
+    after = next(position)
+    for data, fsdp in MESHES:
+        target = program_of(data, fsdp)
+        restored, batch = restore(directory, target)
+        assert bits(restored) == expected, (data, fsdp)
+        wanted = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(target))
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == wanted, (data, fsdp)
+        gate = restored.parameters["layers"]["ffn"]["gate"]
+        assert len(gate.addressable_shards) == data * fsdp
+        assert gate.addressable_shards[0].data.shape[1] == gate.shape[1] // fsdp
+        np.testing.assert_array_equal(batch["inputs"], after["inputs"])
+    print(json.dumps(MESHES))
+
+
+def test_a_checkpoint_of_eight_devices_restores_on_any_mesh(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=16"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [list(mesh) for mesh in MESHES]
+
+
+def test_weights_alone_are_read_without_the_optimizer_state(tmp_path):
+    """What evaluation and export read: the optimizer's arrays, two thirds of the bytes, may even be gone."""
+    program = program_of(1, 8)
+    state = random_state(program)
+    save(tmp_path, program, state)
+    shutil.rmtree(tmp_path / "1" / "optimizer")
+    for data, fsdp in [(1, 1), (2, 4)]:
+        target = program_of(data, fsdp)
+        loaded = load_sharded(open_source(tmp_path / "1"), target.abstract_parameters)
+        for name, leaf in checkpoint.named_leaves(loaded).items():
+            assert np.asarray(leaf).tobytes() == np.asarray(checkpoint.named_leaves(state.parameters)[name]).tobytes()
+
+
+if __name__ == "__main__":
+    check_every_mesh(Path(sys.argv[1]))
