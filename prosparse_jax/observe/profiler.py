@@ -22,10 +22,10 @@ _REMAT_GIB = (
 class ProfilerWindow:
     """Records `steps` steps with the JAX profiler, after step `start` and after each SIGUSR1.
 
-    View it with `xprof --logdir <run>/profile` (pip install xprof) or in Perfetto.
+    View it with `xprof --logdir <run>/profile/step_<N>` (pip install xprof) or in Perfetto.
 
     Args:
-        directory: Of the run; profiles go to `profile/` in it.
+        directory: Of the run; the profile that begins after step N goes to `profile/step_N` in it.
         start: 0 for none but on a signal.
         steps: At least 1.
         say: Told where a profile is.
@@ -36,6 +36,7 @@ class ProfilerWindow:
         self._start, self._steps, self._say = start, steps, say
         self._signalled = False
         self._until: int | None = None
+        self._target = self._directory
         self._previous: object = None
 
     def __enter__(self) -> Self:
@@ -53,7 +54,9 @@ class ProfilerWindow:
             if self._signalled or (self._start and step == self._start):
                 self._signalled = False
                 jax.block_until_ready(state)
-                jax.profiler.start_trace(str(self._directory))
+                # The profiler itself names by the second, and would overwrite the one before.
+                self._target = self._directory / f"step_{step}"
+                jax.profiler.start_trace(str(self._target))
                 self._until = step + self._steps
         elif step >= self._until:
             jax.block_until_ready(state)
@@ -62,7 +65,7 @@ class ProfilerWindow:
     def _stop(self) -> None:
         self._until = None
         jax.profiler.stop_trace()
-        self._say(f"profile written to {self._directory}")
+        self._say(f"profile written to {self._target}")
 
 
 @contextlib.contextmanager
