@@ -8,13 +8,14 @@ import subprocess
 import numpy as np
 import pytest
 
-from tests.processes import Scripts, finish, lines, parameters, steps, wait_until
+from tests.processes import Scripts, finish, lines, steps, wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.sharding]
 
 # Sums over two devices are added in another order; over 30 steps of Adam that grows to 3e-5 of the loss. A batch of which
 # one process trains the wrong half shows as 1e-2 in the first steps.
 TOLERANCE = 3e-4
+RESEED = "--data.on-topology-change=reseed"
 
 
 def start(
@@ -60,15 +61,14 @@ def test_two_processes_train_save_stop_and_go_on_alone(scripts, reference):
     data = run / "checkpoints" / str(stopped) / "data"
     assert sorted(path.name for path in data.iterdir()) == ["process_0-of-2.json", "process_1-of-2.json"]
 
-    alone = scripts.run("train", "--resume")
+    refused = scripts.run("train", "--resume", code=2)
+    assert "on_topology_change" in refused.stderr
+    alone = scripts.run("train", "--resume", RESEED)
     assert f"resuming from the checkpoint of step {stopped}" in alone.stdout
     assert "mesh.data: 2 -> 1" in alone.stdout
     assert steps(run / "metrics.jsonl") == list(range(1, 31))
-    np.testing.assert_allclose(losses(run), losses(reference), rtol=TOLERANCE)
-    for name, bits in parameters(reference).items():
-        # Adam turns rounding noise in a gradient near zero into a step of up to a learning rate.
-        ours, theirs = parameters(run)[name].view(np.float32), bits.view(np.float32)
-        np.testing.assert_allclose(ours, theirs, atol=2e-3, err_msg=name)
+    # From here on the text comes in another order; a lost state would start again at 5.7.
+    assert losses(run)[-1] == pytest.approx(losses(reference)[-1], abs=0.2)
 
 
 def test_a_run_of_one_process_goes_on_in_two(scripts, finished):
@@ -76,7 +76,7 @@ def test_a_run_of_one_process_goes_on_in_two(scripts, finished):
     run = scripts.directory / "runs" / "tiny"
     scripts.run("train", "--training.steps=20")
     one = losses(run)
-    processes = start(scripts, 2, "--resume", "--training.steps=26", "--logging.evaluate-every=1000")
+    processes = start(scripts, 2, "--resume", RESEED, "--training.steps=26", "--logging.evaluate-every=1000")
     first, _ = ended(processes)
     assert "resuming from the checkpoint of step 20" in first.stdout
     assert steps(run / "metrics.jsonl") == list(range(1, 27))
