@@ -127,7 +127,7 @@ class _Stream:
 
         @jax.jit
         def run_layer(weights: Any, x_BTD: jax.Array, mask_BT: jax.Array, parameter: jax.Array) -> jax.Array:
-            return nnx.merge(graphdef, weights)(x_BTD, mask_BT, parameter, count_neurons=False)[0]
+            return nnx.merge(graphdef, weights)(x_BTD, mask_BT, parameter, None, count_neurons=False)[0]
 
         self._run_layer = run_layer
         self.x_BTD = self._embed(tokens_BT)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from prosparse_jax.config import DataConfig
+from prosparse_jax.data.documents import is_validation
 from prosparse_jax.data.embedded import standard_library_documents
-from prosparse_jax.data.sources import is_validation, read_documents
+from prosparse_jax.data.sources import read_documents
 from prosparse_jax.errors import DataError
 
 

@@ -15,7 +15,7 @@ from tokenizers import models, processors
 
 from prosparse_jax.config import DataConfig
 from prosparse_jax.data import tokenizer as tokenizer_module
-from prosparse_jax.data.sources import is_validation
+from prosparse_jax.data.documents import is_validation
 from prosparse_jax.data.tokenizer import load_or_train_tokenizer, load_tokenizer, tokenizer_from_files
 from prosparse_jax.errors import DataError
 

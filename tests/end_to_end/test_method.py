@@ -15,7 +15,7 @@ pytestmark = pytest.mark.end_to_end
 
 STEPS = 40
 FROM_BASE = ("--init-from=runs/base", f"--training.steps={STEPS}")
-SWEPT = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+SWEPT = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 20.0)
 BUDGET = 0.3
 
 

@@ -13,12 +13,14 @@ import pytest
 
 from prosparse_jax import checkpoint
 from prosparse_jax.checkpoint import CheckpointStore
+from prosparse_jax.config import DataConfig
 from prosparse_jax.config_io import config_to_dict
 from prosparse_jax.data.loader import training_iterator
 from prosparse_jax.interop.sources import open_source
 from prosparse_jax.interop.weights import load_sharded
 from prosparse_jax.training.setup import build_program
 from tests.support import small_config
+from tests.token_sources import token_source
 
 pytestmark = pytest.mark.sharding
 
@@ -58,7 +60,8 @@ def bits(state) -> dict[str, bytes]:
 
 
 def tokens():
-    return training_iterator(np.arange(5000, dtype=np.uint16) % 64, sequence_length=8, batch_size=16, seed=0)
+    sources = [token_source(np.arange(5000, dtype=np.uint16) % 64)]
+    return training_iterator(sources, DataConfig(), sequence_length=8, batch_size=16, seed=0)
 
 
 def save(directory: Path, program, state) -> None:
