@@ -136,7 +136,7 @@ def test_json_holds_what_one_would_write_by_hand():
     stored = config_to_dict(load_recipe(RECIPES / "prosparse_7b.py"))
     assert stored["sparsity"]["stages"][:2] == [{"peak": 0.0, "end_step": 5000}, {"peak": 5e-3, "end_step": 6000}]
     assert stored["training"]["sequences_per_step"] == 512
-    assert stored["data"]["paths"] == ["data/train"]
+    assert stored["data"]["sources"][0]["paths"] == ["data/starcoder"]
 
 
 @pytest.mark.parametrize("parameter", [0.25, (0.1, 0.2, 0.3, 0.4)])

@@ -20,7 +20,7 @@ LAYERS, NEURONS = 2, 40
 
 
 def mixture_config(**sections):
-    sources = tuple(SourceConfig(name=name) for name in NAMES)
+    sources = tuple(SourceConfig(name=name, paths=(name,)) for name in NAMES)
     return small_config(
         data={"sources": sources},
         sparsity={"stages": (Stage(peak=0.5, end_step=1000),)},

@@ -112,7 +112,7 @@ class Iterator:
 
 
 def record_of(names, iterator=None):
-    config = small_config(data={"sources": tuple(SourceConfig(name=name) for name in names)})
+    config = small_config(data={"sources": tuple(SourceConfig(name=name, paths=(name,)) for name in names)})
     run = run_steps(config, [random_batch(config)])
     meter = Telemetry(128)
     meter.add(run.metrics[0])
