@@ -116,7 +116,13 @@ def _measure(variant: Variant, steps: int) -> dict[str, Any]:
     inputs, targets = tokens.astype(np.int32)
     everywhere = np.ones(inputs.shape, np.float32)
     batch = program.place_step_batch(
-        {"inputs": inputs, "targets": targets, "mask": everywhere, "loss_mask": everywhere}
+        {
+            "inputs": inputs,
+            "targets": targets,
+            "mask": everywhere,
+            "loss_mask": everywhere,
+            "source": np.zeros(len(inputs), np.int32),
+        }
     )
     with jax.set_mesh(program.mesh):
         parameters = initial_parameters(program.config, program.options)
