@@ -236,7 +236,7 @@ def beside_transformers(directory: Path, tokens: int, rounds: int, peer_environm
     from prosparse_jax.interop.sources import open_source
 
     source = open_source(directory)
-    prompts = encode_prompts(tokenizer_from_files(source.assets, str(directory)), [PROMPT])
+    prompts = encode_prompts(source, tokenizer_from_files(source.assets, str(directory)), [PROMPT])
     engine = Engine(source, ffn="dense")
     start = time.perf_counter()
     first = our_speed(engine, prompts, tokens)[1][1]
@@ -382,7 +382,7 @@ def main() -> None:
         from prosparse_jax.data.tokenizer import tokenizer_from_files
         from prosparse_jax.inference.text import encode_prompts
 
-        prompts = encode_prompts(tokenizer_from_files(source.assets, str(path)), [PROMPT])
+        prompts = encode_prompts(source, tokenizer_from_files(source.assets, str(path)), [PROMPT])
         found = sparse_beside_dense(source, prompts, arguments.tokens, arguments.rounds)
         record.setdefault("sparse_checkpoints", {})[path.name] = found
     if arguments.shape:

@@ -6,7 +6,7 @@
 1. Ceilings: copying in device memory, and an 8192-cubed bfloat16 product.
 2. Every kernel against numpy in float64, on fresh random inputs and, with --pattern, on real activations; 1 to 8 tokens.
 3. Time of every step by sparsity and batch, dense and sparse, with its share of the byte limit; and, from that, the share
-   of active neurons at which sparse stops winning, which belongs into pallas_kernels/api.py.
+   of active neurons at which sparse stops winning, to compare with the model of it in pallas_kernels/shapes.py.
 
 The file is written after every row, so an interrupted run keeps what it has. A wrong kernel ends the run with exit code 1.
 """

@@ -10,14 +10,15 @@ from pallas_kernels import reference
 from pallas_kernels.down import down
 from pallas_kernels.fused_ffn import ROW_BLOCK, fused_ffn_counted
 from pallas_kernels.gate_up import gate_up
-from pallas_kernels.shapes import LARGEST_BATCH, union_share, weight_problems
+from pallas_kernels.shapes import LARGEST_BATCH, largest_winning_share, union_share, weight_problems
 
 Implementation = Literal["mosaic_gpu", "xla_gather", "xla_dense"]
 
-# Largest share of neurons, active for any token of the batch, at which skipping rows is expected to win. For the GPU a
-# model: dense at 90 % of the bandwidth, sparse at 80 %, 5 microseconds of fixed cost; for the CPU drawn out from times at
-# the 7B shape and 11 % (docs/kernels.md has both).
-LARGEST_SPARSE_SHARE = {"gpu": 0.75, "cpu": 0.3}
+# Largest share of neurons, active for any token of the batch, at which skipping rows is expected to win on a CPU: drawn
+# out from times at the 7B shape and 11 %. For GPUs `largest_winning_share` models it (docs/kernels.md has both).
+LARGEST_CPU_SHARE = 0.3
+# Bytes per second, data sheets. The faster the memory, the smaller the share that wins, so H100's is what others get.
+A100_BANDWIDTH, H100_BANDWIDTH = 2.039e12, 3.35e12
 
 
 def sparse_ffn(
@@ -88,10 +89,15 @@ def sparse_ffn_counted(
 def choose(
     x_BD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_FD: jax.Array, *, active_share: float
 ) -> Implementation:
-    """What `sparse_ffn` runs when none is named: the crossover in one place."""
+    """What `sparse_ffn` runs when none is named: the crossover in one place. The weights are what one device holds."""
     platform = jax.default_backend()
-    union = union_share(active_share, x_BD.shape[0])
-    if union > LARGEST_SPARSE_SHARE.get(platform, 0) or x_BD.shape[0] > LARGEST_BATCH:
+    if platform not in ("gpu", "cpu") or x_BD.shape[0] > LARGEST_BATCH:
+        return "xla_dense"
+    largest = LARGEST_CPU_SHARE
+    if platform == "gpu":
+        bandwidth = A100_BANDWIDTH if "A100" in jax.devices()[0].device_kind else H100_BANDWIDTH
+        largest = largest_winning_share(gate_FD.size * gate_FD.dtype.itemsize, bandwidth)
+    if union_share(active_share, x_BD.shape[0]) > largest:
         return "xla_dense"
     if platform == "cpu":
         return "xla_gather"

@@ -1,5 +1,6 @@
 """Step 3 for a few tokens: down rows of the neurons that are active for any of them. Mosaic GPU, sm_80 and sm_90."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,11 +48,23 @@ def down(
     if problems:
         raise ShapeError("down", problems)
     neurons, width = down_FD.shape
-    tokens = range(x1_FB.shape[1])
     columns = next(size for size in _COLUMNS if width % size == 0)
     parts = width // columns
     groups = neurons // ROW_BLOCK
     blocks = min(blocks or -(-BLOCKS_PER_SM * streaming_multiprocessors() // parts), groups)
+    kernel = plgpu.kernel(
+        _body(x1_FB.shape[1], columns, groups, blocks),
+        out_type=jax.ShapeDtypeStruct((blocks, x1_FB.shape[1], width), jnp.float32),
+        grid=(blocks, parts),
+        grid_names=("block", "part"),
+        interpret=interpret,
+    )
+    return kernel(x1_FB, down_FD).sum(axis=0)
+
+
+def _body(batch: int, columns: int, groups: int, blocks: int) -> Callable[..., None]:
+    """What one block does, for down rows in `groups` groups."""
+    tokens = range(batch)
     layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=vector_width(columns))
 
     def body(x1_ref, down_ref, partial_ref):
@@ -80,14 +93,7 @@ def down(
         for token in tokens:
             partial_ref[block, token, own] = sums[token]
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((blocks, len(tokens), width), jnp.float32),
-        grid=(blocks, parts),
-        grid_names=("block", "part"),
-        interpret=interpret,
-    )
-    return kernel(x1_FB, down_FD).sum(axis=0)
+    return body
 
 
 def _problems(x1_FB: jax.Array, down_FD: jax.Array) -> list[str]:

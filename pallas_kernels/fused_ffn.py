@@ -5,6 +5,7 @@ and only where a neuron is active its up and down rows too; nothing is synchroni
 one partial sum, and XLA adds those up in a fixed order. Inference only. Mosaic GPU, sm_80 and sm_90, one source.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,6 +69,21 @@ def fused_ffn_counted(
     neurons, width = gate_FD.shape
     groups = neurons // ROW_BLOCK
     blocks = min(blocks or BLOCKS_PER_SM * streaming_multiprocessors(), groups)
+    kernel = plgpu.kernel(
+        _body(width, groups, blocks, x_BD.dtype),
+        out_type=(jax.ShapeDtypeStruct((blocks, width), jnp.float32), jax.ShapeDtypeStruct((blocks,), jnp.int32)),
+        grid=(blocks,),
+        grid_names=("block",),
+        scratch_types=[plgpu.SMEM((width,), x_BD.dtype)],
+        interpret=interpret,
+    )
+    least = threshold.astype(x_BD.dtype).astype(jnp.float32).reshape(1)
+    partial_ND, count_N = kernel(x_BD[0], least, gate_FD, up_FD, down_FD)
+    return partial_ND.sum(axis=0, keepdims=True), count_N.sum(keepdims=True)
+
+
+def _body(width: int, groups: int, blocks: int, dtype: jnp.dtype) -> Callable[..., None]:
+    """What one block does, for weights of `groups` groups of rows."""
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector_width(width))
 
     def body(x_ref, threshold_ref, gate_ref, up_ref, down_ref, partial_ref, count_ref, x_shared):
@@ -86,7 +102,7 @@ def fused_ffn_counted(
             rows = [plgpu.load(gate_ref.at[first + row], layout=layout) for row in range(ROW_BLOCK)]
             gates = [jnp.sum(row_D.astype(jnp.float32) * x_D) for row_D in rows]
             for row, exact in enumerate(gates):
-                gate = exact.astype(x_BD.dtype).astype(jnp.float32)
+                gate = exact.astype(dtype).astype(jnp.float32)
 
                 def add_neuron(sum_D, row=row, gate=gate):
                     up_D = plgpu.load(up_ref.at[first + row], layout=layout)
@@ -105,14 +121,4 @@ def fused_ffn_counted(
         own_groups = lax.div(groups - block + blocks - 1, blocks)
         partial_ref[block], count_ref[block] = lax.fori_loop(0, own_groups, take_group, (zeros_D, jnp.int32(0)))
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=(jax.ShapeDtypeStruct((blocks, width), jnp.float32), jax.ShapeDtypeStruct((blocks,), jnp.int32)),
-        grid=(blocks,),
-        grid_names=("block",),
-        scratch_types=[plgpu.SMEM((width,), x_BD.dtype)],
-        interpret=interpret,
-    )
-    least = threshold.astype(x_BD.dtype).astype(jnp.float32).reshape(1)
-    partial_ND, count_N = kernel(x_BD[0], least, gate_FD, up_FD, down_FD)
-    return partial_ND.sum(axis=0, keepdims=True), count_N.sum(keepdims=True)
+    return body

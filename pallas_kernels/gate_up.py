@@ -1,5 +1,6 @@
 """Step 2 for a few tokens: up rows of the neurons that are active for any of them. Mosaic GPU, sm_80 and sm_90."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,9 +44,22 @@ def gate_up(
     if problems:
         raise ShapeError("gate_up", problems)
     neurons, width = up_FD.shape
-    tokens = range(x_BD.shape[0])
     groups = neurons // ROW_BLOCK
     blocks = min(blocks or BLOCKS_PER_SM * streaming_multiprocessors(), groups)
+    kernel = plgpu.kernel(
+        _body(x_BD.shape[0], width, groups, blocks),
+        out_type=jax.ShapeDtypeStruct((neurons, x_BD.shape[0]), jnp.float32),
+        grid=(blocks,),
+        grid_names=("block",),
+        scratch_types=[plgpu.SMEM(x_BD.shape, x_BD.dtype)],
+        interpret=interpret,
+    )
+    return kernel(x_BD, activated(gate_FB, threshold, x_BD.dtype), up_FD)
+
+
+def _body(batch: int, width: int, groups: int, blocks: int) -> Callable[..., None]:
+    """What one block does, for up rows in `groups` groups."""
+    tokens = range(batch)
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=vector_width(width))
 
     def body(x_ref, gate_ref, up_ref, x1_ref, x_shared):
@@ -77,12 +91,4 @@ def gate_up(
 
         lax.fori_loop(0, lax.div(groups - block + blocks - 1, blocks), take_group, jnp.int32(0))
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((neurons, len(tokens)), jnp.float32),
-        grid=(blocks,),
-        grid_names=("block",),
-        scratch_types=[plgpu.SMEM(x_BD.shape, x_BD.dtype)],
-        interpret=interpret,
-    )
-    return kernel(x_BD, activated(gate_FB, threshold, x_BD.dtype), up_FD)
+    return body

@@ -13,6 +13,8 @@ LARGEST_BATCH = 8
 """Tokens that the kernels take at a time: more accumulators than that do not fit the registers."""
 WEIGHT_DTYPES = ("bfloat16", "float16")
 _SMS_WITHOUT_DEVICE = 108
+DENSE_EFFICIENCY, SPARSE_EFFICIENCY, SPARSE_FIXED_SECONDS = 0.9, 0.8, 5e-6
+"""Assumed: shares of the nominal bandwidth, and what a sparse FFN costs beyond reading."""
 
 
 class ShapeError(ValueError):
@@ -48,6 +50,21 @@ def union_share(active_share: float, batch: int) -> float:
     Real tokens share active neurons, so usually fewer are.
     """
     return 1 - (1 - active_share) ** batch
+
+
+def largest_winning_share(matrix_bytes: float, bandwidth: float) -> float:
+    """Largest share of active neurons at which skipping rows is expected to win on a GPU; 0 if it never is.
+
+    A model, not a measurement: dense reads three matrices at 90 % of the bandwidth, sparse reads (1 + 2 share) of one at
+    80 %, and 5 microseconds more are gone whatever it reads, which counts where a matrix is small.
+
+    Args:
+        matrix_bytes: Of one of the three matrices, as much of it as one GPU holds.
+        bandwidth: Of the GPU's memory, nominal, in bytes per second.
+    """
+    dense_seconds = 3 * matrix_bytes / (DENSE_EFFICIENCY * bandwidth)
+    read_matrices = (dense_seconds - SPARSE_FIXED_SECONDS) * SPARSE_EFFICIENCY * bandwidth / matrix_bytes
+    return max(0.0, (read_matrices - 1) / 2)
 
 
 def vector_width(columns: int) -> int:

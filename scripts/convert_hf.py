@@ -17,8 +17,7 @@ DIFFERENT = 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     source = "a run, a checkpoint, or a Hugging Face directory"
     add = commands.add_parser("import", help="write a Hugging Face directory as a checkpoint of this project")

@@ -45,11 +45,11 @@ def prepare(
         source = open_source(checkpoint)
         tokenizer = tokenizer_from_files(source.assets, str(source.location))
         stop, context = stop_tokens(source, tokenizer), context_length(source)
+        prompts = encode_prompts(source, tokenizer, texts)
     except USER_ERRORS as error:
         if not problems:
             raise
         raise ConfigError([*problems, str(error)]) from error
-    prompts = encode_prompts(tokenizer, texts)
     problems += engine_problems(source, ffn, devices)
     problems += request_problems(source.model, prompts, max_new_tokens, context)
     if problems:

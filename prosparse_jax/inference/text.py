@@ -4,10 +4,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from prosparse_jax.config import DataConfig
+from prosparse_jax.data.encode import wrapping
 from prosparse_jax.data.tokenizer import TextTokenizer
 from prosparse_jax.errors import CheckpointError
 from prosparse_jax.inference.engine import LONGEST_CONTEXT, Generation
 from prosparse_jax.interop.hf_reader import CONFIG, GENERATION_CONFIG
+from prosparse_jax.interop.sources import CheckpointSource
 from prosparse_jax.interop.weights import WeightSource
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -18,9 +21,16 @@ def empty_texts(texts: Sequence[str]) -> list[str]:
     return [f"prompt {number} is empty; give some text to continue" for number, text in enumerate(texts, 1) if not text]
 
 
-def encode_prompts(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, begun as a document begins."""
-    first = [tokenizer.bos_id] if tokenizer.bos_id is not None and tokenizer.begins_with_bos else []
+def encode_prompts(source: WeightSource, tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, begun as documents began in training.
+
+    A run of this project knows how from its `data.bos`; for a Hugging Face directory the tokenizer says it.
+
+    Raises DataError if the run's documents began or ended with a token that the tokenizer lacks.
+    """
+    data = source.config.data if isinstance(source, CheckpointSource) else DataConfig()
+    bos = wrapping(data, tokenizer).bos_id
+    first = [] if bos is None else [bos]
     return [first + ids for ids in tokenizer.encode_batch(texts)]
 
 

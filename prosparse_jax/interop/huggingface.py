@@ -98,15 +98,20 @@ def export(
             return values.nbytes
 
         convert_all("exporting", convert, plan_shards(directory, planned, max_shard_bytes), needed)
-        if sum(cast_counts.values()) > sum(counts.values()):
-            say(f"{not_finite_warning(cast_counts)}; they are too large for {dtype}, bfloat16 would hold them")
-        elif counts:
-            say(not_finite_warning(counts))
+        for line in _not_finite_notes(counts, cast_counts, dtype):
+            say(line)
         if verify is not None and counts:
             say("logits are not compared: NaN differs from NaN")
         elif verify is not None:
             verify(directory)
     return Conversion(count_parameters(source.model), needed, counts)
+
+
+def _not_finite_notes(counts: dict[str, int], cast_counts: dict[str, int], dtype: str | None) -> list[str]:
+    """What to say of values that were not finite as they were stored, and of those that are not in the new dtype."""
+    if sum(cast_counts.values()) > sum(counts.values()):
+        return [f"{not_finite_warning(cast_counts)}; they are too large for {dtype}, bfloat16 would hold them"]
+    return [not_finite_warning(counts)] if counts else []
 
 
 def _token_ids(source: WeightSource) -> dict[str, int | None]:

@@ -86,5 +86,5 @@ def explaining_out_of_memory(directory: Path):
             "  --training.microbatches: twice as many halve the activations of a micro-batch; the step stays the same\n"
             f"  --training.remat: recompute more in the backward pass ({_REMAT_GIB}; docs/performance.md)\n"
             "  --mesh.fsdp: more devices share the 12 bytes a parameter of weights and optimizer; mesh.data copies them\n"
-            "  XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 gives JAX more of a GPU than its 75 %"
+            "  XLA_PYTHON_CLIENT_MEM_FRACTION: the share of a GPU that JAX may take, 0.92 unless the environment sets it"
         ) from error

@@ -13,7 +13,8 @@ from prosparse_jax.plan.program import CompiledStep
 from prosparse_jax.plan.schedule import EXPECTED, HARD, Times, step_times
 
 # Of a GPU's memory, what a step cannot have: the CUDA context, buffers of NCCL, workspace of cuBLAS and cuDNN, and a
-# share for fragmentation. Estimates, on the careful side; nothing of it is in the compiler's figures.
+# share for fragmentation. Estimates, on the careful side; nothing of it is in the compiler's figures. What is left must be
+# less than the share of a GPU that JAX takes (`prosparse_jax.runtime.MEMORY_SHARE`).
 RESERVED_BYTES = 4 * 2**30
 RESERVED_SHARE = 0.065
 PLACES = ("forward loop", "backward loop", "micro-batch", "step")

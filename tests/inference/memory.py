@@ -28,3 +28,15 @@ class MemorySource:
 
     def read(self, name: str, layer: int | None, rows: slice = slice(None)) -> np.ndarray:
         return (self._leaves[name] if layer is None else self._leaves[name][layer])[rows]
+
+
+def nested(weights: dict[str, np.ndarray]) -> dict:
+    """From names with slashes to the dict of dicts that `MemorySource` takes."""
+    outermost: dict = {}
+    for name, values in weights.items():
+        *parents, leaf = name.split("/")
+        inner = outermost
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[leaf] = values
+    return outermost

@@ -16,7 +16,7 @@ from prosparse_jax.config import ActivationConfig, ModelConfig
 from prosparse_jax.data.tokenizer import train_byte_level_bpe
 from prosparse_jax.interop.conversion import write_checkpoint
 from prosparse_jax.interop.weights import parameter_shapes
-from tests.inference.memory import MemorySource
+from tests.inference.memory import MemorySource, nested
 from tests.processes import PATIENCE, finish, scripts, session_directory, text
 from tests.support import small_config
 
@@ -28,17 +28,6 @@ MODEL = ModelConfig(
     vocab_size=257, d_model=257, ffn_width=64, num_layers=2, num_query_heads=2, num_kv_heads=1, head_width=4,
     activation=ActivationConfig(name="relu"),
 )  # fmt: skip
-
-
-def tree(shapes: dict[str, np.ndarray]) -> dict:
-    nested: dict = {}
-    for name, values in shapes.items():
-        *parents, leaf = name.split("/")
-        inner = nested
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[leaf] = values
-    return nested
 
 
 def write_model(path, *, name: str = "relu", with_tokenizer: bool = True, endless: bool = False):
@@ -57,7 +46,7 @@ def write_model(path, *, name: str = "relu", with_tokenizer: bool = True, endles
     weights["layers/ffn/gate"] += gates[None, :, None]
     weights["layers/ffn/up"] += 1
     files = dict(tokenizer.files) if with_tokenizer else {}
-    source = MemorySource(model, tree(weights), files)
+    source = MemorySource(model, nested(weights), files)
     write_checkpoint(source, path, dataclasses.replace(small_config(), model=model))
     return path
 

@@ -9,10 +9,13 @@ import tokenizers
 from tokenizers import decoders, models
 
 from prosparse_jax.data.tokenizer import TextTokenizer, train_byte_level_bpe
-from prosparse_jax.errors import CheckpointError
+from prosparse_jax.errors import CheckpointError, DataError
 from prosparse_jax.inference.text import TextStream, context_length, empty_texts, encode_prompts, stop_tokens
-from tests.inference.memory import MemorySource
-from tests.support import SMALL
+from prosparse_jax.interop.conversion import write_checkpoint
+from prosparse_jax.interop.sources import open_source
+from prosparse_jax.interop.weights import parameter_shapes
+from tests.inference.memory import MemorySource, nested
+from tests.support import SMALL, small_config
 
 BYTES = 256
 
@@ -70,14 +73,41 @@ def test_bytes_that_make_no_character_come_at_the_end(llama_like):
     assert pieces(llama_like, [3], [6 + 0xE2, 6 + 0x82]) == ["", "", "\ufffd\ufffd"]
 
 
-def test_prompts_begin_as_the_tokenizer_says(byte_level):
-    assert encode_prompts(byte_level, ["a"]) == [byte_level.backend.encode("a").ids]
-    beginning = tokenizers.Tokenizer.from_str(byte_level.backend.to_str())
-    beginning.post_processor = tokenizers.processors.TemplateProcessing(
+@pytest.fixture(scope="module")
+def beginning(byte_level) -> TextTokenizer:
+    """Whose post-processor puts the separator in front."""
+    backend = tokenizers.Tokenizer.from_str(byte_level.backend.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    expected = [beginning.encode(text).ids for text in ("a", "bc")]
-    assert encode_prompts(TextTokenizer(beginning, 0, 0, {}), ["a", "bc"]) == expected
+    return TextTokenizer(backend, 0, 0, {})
+
+
+def test_prompts_begin_as_the_tokenizer_says(byte_level, beginning):
+    source = MemorySource(SMALL.model, {})
+    assert encode_prompts(source, byte_level, ["a"]) == [byte_level.backend.encode("a").ids]
+    expected = [beginning.backend.encode(text).ids for text in ("a", "bc")]
+    assert encode_prompts(source, beginning, ["a", "bc"]) == expected
+    assert expected[0][0] == 0
+
+
+@pytest.mark.parametrize("bos", ["tokenizer", "always", "never"])
+def test_prompts_of_a_run_begin_as_its_documents_did(byte_level, beginning, tmp_path, bos):
+    weights = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(SMALL.model).items()}
+    write_checkpoint(MemorySource(SMALL.model, nested(weights)), tmp_path / "run", small_config(data={"bos": bos}))
+    source = open_source(tmp_path / "run")
+    bytes_of_a = byte_level.backend.encode("a").ids
+    for tokenizer, by_default in ((byte_level, False), (beginning, True)):
+        begins = {"tokenizer": by_default, "always": True, "never": False}[bos]
+        assert encode_prompts(source, tokenizer, ["a"]) == [[0, *bytes_of_a] if begins else bytes_of_a]
+
+
+def test_a_token_that_the_tokenizer_lacks_is_told(byte_level, tmp_path):
+    weights = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(SMALL.model).items()}
+    write_checkpoint(MemorySource(SMALL.model, nested(weights)), tmp_path / "run", small_config(data={"bos": "always"}))
+    without = TextTokenizer(byte_level.backend, None, 0, {})
+    with pytest.raises(DataError, match="no BOS token"):
+        encode_prompts(open_source(tmp_path / "run"), without, ["a"])
     assert [problem[:17] for problem in empty_texts(["", "a", ""])] == ["prompt 1 is empty", "prompt 3 is empty"]
 
 

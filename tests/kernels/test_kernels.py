@@ -1,5 +1,6 @@
 """The kernels in interpret mode, and the XLA paths, against numpy in float64."""
 
+import types
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from pallas_kernels import api, reference
 from pallas_kernels.down import down
 from pallas_kernels.fused_ffn import fused_ffn
 from pallas_kernels.gate_up import gate_up
-from pallas_kernels.shapes import ShapeError, ffn_bytes, union_share
+from pallas_kernels.shapes import ShapeError, ffn_bytes, largest_winning_share, union_share
 
 pytestmark = pytest.mark.kernels
 
@@ -270,22 +271,47 @@ def test_the_choice_follows_batch_share_and_platform():
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "width", "batch", "share", "chosen"),
+    ("device", "dtype", "width", "neurons", "batch", "share", "chosen"),
     [
-        ("gpu", "bfloat16", 128, 1, 0.11, "mosaic_gpu"),
-        ("gpu", "float16", 128, 8, 0.11, "mosaic_gpu"),
-        ("gpu", "bfloat16", 128, 1, 0.8, "xla_dense"),
-        ("gpu", "bfloat16", 128, 9, 0.01, "xla_dense"),
-        ("gpu", "float32", 128, 1, 0.11, "xla_dense"),
-        ("gpu", "bfloat16", 96, 1, 0.11, "xla_dense"),
-        ("cpu", "float32", 96, 1, 0.11, "xla_gather"),
-        ("tpu", "bfloat16", 128, 1, 0.11, "xla_dense"),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 4096, 11008, 1, 0.11, "mosaic_gpu"),
+        ("NVIDIA H100 80GB HBM3", "float16", 4096, 11008, 8, 0.11, "mosaic_gpu"),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 4096, 11008, 1, 0.8, "xla_dense"),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 4096, 11008, 9, 0.01, "xla_dense"),
+        ("NVIDIA H100 80GB HBM3", "float32", 4096, 11008, 1, 0.11, "xla_dense"),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 4096 + 32, 11008, 1, 0.11, "xla_dense"),
+        # An eighth of the neurons on each of eight GPUs.
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 4096, 1376, 1, 0.3, "xla_dense"),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 4096, 1376, 1, 0.3, "mosaic_gpu"),
+        # Too small to gain anything, unless there is nothing to read.
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 128, 8, 1, 0.01, "xla_dense"),
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 128, 8, 1, 0.0, "mosaic_gpu"),
+        ("cpu", "float32", 96, 8, 1, 0.11, "xla_gather"),
+        ("TPU v4", "bfloat16", 4096, 11008, 1, 0.11, "xla_dense"),
     ],
 )
-def test_the_choice_on_other_platforms(monkeypatch, platform, dtype, width, batch, share, chosen):
+def test_the_choice_on_other_platforms(monkeypatch, device, dtype, width, neurons, batch, share, chosen):
+    platform = {"NVIDIA": "gpu", "TPU": "tpu"}.get(device.split()[0], "cpu")
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    weights = [jnp.zeros((8, width), dtype)] * 3
-    assert api.choose(jnp.zeros((batch, width), dtype), *weights, active_share=share) == chosen
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=device)])
+    weights = [jax.ShapeDtypeStruct((neurons, width), dtype)] * 3
+    assert api.choose(jax.ShapeDtypeStruct((batch, width), dtype), *weights, active_share=share) == chosen
+
+
+@pytest.mark.parametrize(
+    ("width", "neurons", "bandwidth", "whole", "split"),
+    [
+        (4096, 11008, api.A100_BANDWIDTH, 0.79, 0.47),
+        (4096, 11008, api.H100_BANDWIDTH, 0.76, 0.24),
+        (5120, 13824, api.A100_BANDWIDTH, 0.80, 0.60),
+        (5120, 13824, api.H100_BANDWIDTH, 0.79, 0.45),
+    ],
+)
+def test_the_largest_share_that_wins_is_the_tables(width, neurons, bandwidth, whole, split):
+    """Computed apart from this code, before it: the table in docs/kernels.md, on one GPU and split over eight."""
+    matrix_bytes = 2 * width * neurons
+    # Half a unit of the table's last place.
+    assert largest_winning_share(matrix_bytes, bandwidth) == pytest.approx(whole, abs=0.005)
+    assert largest_winning_share(matrix_bytes / 8, bandwidth) == pytest.approx(split, abs=0.005)
 
 
 def test_bytes_are_those_of_the_7b_shape():
