@@ -63,7 +63,8 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": {"stages": RISING}, "model": {"ffn_width": 0}},
      r"model\.ffn_width=0 leaves no activations to penalise"),
     *[({"optimizer": {name: value}}, rf"optimizer\.{name}={value} must be positive")
-      for name in ("peak_lr", "eps", "clip_norm", "wsd_half_life") for value in (0, NAN, INF)],
+      for name in ("peak_lr", "eps", "clip_norm") for value in (0, NAN, INF)],
+    ({"optimizer": {"wsd_half_life": 0}}, r"optimizer\.wsd_half_life=0 must be positive"),
     *[({"optimizer": {name: 1.0}}, rf"optimizer\.{name}=1\.0 must be in \[0, 1\)") for name in ("beta1", "beta2")],
     ({"optimizer": {"floor": 1.5}}, r"optimizer\.floor=1\.5 is a share of the peak and must be in \[0, 1\]"),
     ({"optimizer": {"weight_decay": -0.1}}, r"optimizer\.weight_decay=-0\.1 must not be negative"),
