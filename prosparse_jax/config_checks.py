@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prosparse_jax.activations import ACTIVATIONS
-from prosparse_jax.config import Config, DataConfig, ModelConfig, SourceConfig
+from prosparse_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, SourceConfig
 from prosparse_jax.config_types import type_problems
 from prosparse_jax.data.documents import SIMPLE_SOURCE
 from prosparse_jax.data.files import is_url
@@ -177,11 +177,24 @@ def _data(data: DataConfig) -> Iterator[str]:
         yield f"data.validation_share={data.validation_share} must be between 0 and 1"
     if data.prefetch < 0:
         yield f"data.prefetch={data.prefetch} must be a number of batches, or 0"
+    if data.text_field != DataConfig.text_field and data.sources and not data.paths:
+        yield (
+            f"data.text_field={data.text_field!r} does nothing: it belongs to data.paths, which is empty; set text_field of "
+            "a source, or leave it out"
+        )
     names = [source.name for source in data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"data.sources has {names.count(name)} sources named {name!r}; give each a name of its own"
     for index, source in enumerate(data.sources):
         yield from (f"data.sources.{index}.{problem}" for problem in _source(source))
+
+
+_FIELDS_OF_RECORDS = {
+    "text": ("text_field",),
+    "prompt_response": ("prompt_field", "response_field"),
+    "chat": ("turns_field",),
+}
+"""Fields of a source that one kind of records uses alone."""
 
 
 def _source(source: SourceConfig) -> Iterator[str]:
@@ -194,6 +207,13 @@ def _source(source: SourceConfig) -> Iterator[str]:
         yield f"weight={source.weight} must be positive and finite; leave out a source that is not wanted"
     if not source.paths:
         yield "paths is empty; give the files or folders of the source"
+    for records, fields in _FIELDS_OF_RECORDS.items():
+        for field in fields if source.records in FORMATS and source.records != records else ():
+            if getattr(source, field) != getattr(SourceConfig, field):
+                yield (
+                    f"{field}={getattr(source, field)!r} does nothing: records={source.records!r} do not use it, only "
+                    f"{records!r} does; leave it {getattr(SourceConfig, field)!r}, or change records"
+                )
     if source.records not in FORMATS:
         yield f"records={source.records!r} is unknown; choose one of {', '.join(FORMATS)}"
     elif not FORMATS[source.records].has_responses:
@@ -269,6 +289,18 @@ def _stages_warnings(config: Config) -> Iterator[str]:
         )
 
 
+def _schedule_warnings(optimizer: OptimizerConfig) -> Iterator[str]:
+    fields, other = {"wsd": (("floor",), "cosine"), "cosine": (("wsd_decay_start", "wsd_half_life"), "wsd")}[
+        optimizer.schedule
+    ]
+    for field in fields:
+        if getattr(optimizer, field) != getattr(OptimizerConfig, field):
+            yield (
+                f"optimizer.{field}={getattr(optimizer, field)} does nothing with "
+                f"optimizer.schedule={optimizer.schedule!r}; it belongs to {other!r}"
+            )
+
+
 def missing_files(config: Config) -> list[str]:
     """Places that the config names and that are not there. URLs are left to those who open them."""
     data = config.data
@@ -300,7 +332,7 @@ def _is_there(path: str) -> bool:
 def warnings(config: Config) -> list[str]:
     """What runs, but is perhaps not what was meant."""
     stages, steps = config.sparsity.stages, config.training.steps
-    found = [*_stages_warnings(config)]
+    found = [*_stages_warnings(config), *_schedule_warnings(config.optimizer)]
     if stages and stages[-1].end_step > steps:
         found.append(
             f"the last L1 stage ends at step {stages[-1].end_step}, after training.steps={steps}: λ does not reach its "

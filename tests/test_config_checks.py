@@ -90,6 +90,10 @@ RULES: list[tuple[dict[str, Any], str]] = [
     (sources({"loss_on": "response"}), r"loss_on='response', but records='text' have no responses; set loss_on"),
     (sources({"template": "llama2_chat"}), r"template='llama2_chat' does nothing: records='text' are texts"),
     (sources({"records": "paq", "template": "{prompt}"}), r"template='\{prompt\}' has the fields \['prompt'\], where"),
+    *[(sources({"records": records, field: "x"}), rf"data\.sources\.0\.{field}='x' does nothing: records='{records}'")
+      for records, field in (("paq", "text_field"), ("text", "prompt_field"), ("chat", "response_field"),
+                             ("ultrachat", "turns_field"))],
+    ({"data": {"text_field": "x", **sources({})["data"]}}, r"data\.text_field='x' does nothing: it belongs to data\.paths"),
     *[({"data": {"validation_share": value}}, rf"data\.validation_share={value} must be between 0 and 1")
       for value in (0.0, 1.0, NAN)],
 ]  # fmt: skip
@@ -175,6 +179,20 @@ def test_a_schedule_longer_than_the_run_is_a_warning():
     (warning,) = config_checks.warnings(small_config(**stages((0.0, 10), (0.1, 21))))
     assert "step 21, after training.steps=20" in warning
     assert config_checks.warnings(small_config(**stages((0.0, 10), (0.1, 20)))) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule": "wsd", "floor": 0.2}, "optimizer.floor=0.2 does nothing with optimizer.schedule='wsd'"),
+        ({"wsd_decay_start": 5}, "optimizer.wsd_decay_start=5 does nothing with optimizer.schedule='cosine'"),
+        ({"wsd_half_life": 5}, "optimizer.wsd_half_life=5 does nothing with optimizer.schedule='cosine'"),
+    ],
+)
+def test_fields_of_the_other_schedule_are_warned_of(fields, message):
+    (warning,) = config_checks.warnings(small_config(optimizer=fields))
+    assert warning.startswith(message)
+    assert config_checks.warnings(small_config(optimizer={"schedule": "wsd", "wsd_decay_start": 5})) == []
 
 
 def test_files_that_are_not_there_are_listed_together(tmp_path):

@@ -10,10 +10,11 @@ SIMPLE_SOURCE = "text"
 class Document(NamedTuple):
     """One text of the corpus.
 
-    name: stable identity, such as `books/dune.txt` or `web.jsonl:17`; it alone decides the split.
+    name: stable identity, such as `books/dune.txt` or `web.jsonl:17`.
     size: bytes of the source that this document stands for, which is what a progress bar counts.
     responses: ranges of characters (begin, end) whose tokens count in the loss; None where all do.
     cuts: characters at which EOS and BOS stand, between the exchanges of a conversation.
+    record: name of the record that it is a part of; empty where it is a whole one, or a piece of a text file.
     """
 
     name: str
@@ -21,6 +22,12 @@ class Document(NamedTuple):
     size: int
     responses: tuple[tuple[int, int], ...] | None = None
     cuts: tuple[int, ...] = ()
+    record: str = ""
+
+    @property
+    def split_name(self) -> str:
+        """What alone decides the split: parts of one record stay together, as they may repeat each other."""
+        return self.record or self.name
 
 
 def stable_fraction(name: str) -> float:
@@ -30,7 +37,7 @@ def stable_fraction(name: str) -> float:
 
 
 def is_validation(name: str, share: float) -> bool:
-    """Whether the document called `name` is held out when `share` of the documents are.
+    """Whether a document with this `split_name` is held out when `share` of the documents are.
 
     A larger share holds out a superset of what a smaller one does.
     """

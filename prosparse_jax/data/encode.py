@@ -4,6 +4,7 @@ import collections
 import itertools
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -204,7 +205,16 @@ _process: dict[str, tuple[TextTokenizer, Wrapping]] = {}
 def _begin_process(files: Mapping[str, bytes], wrap: Wrapping) -> None:
     # The processes are as many as the cores; threads in each would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _process["started"] = (tokenizer_from_files(files, "the tokenizer"), wrap)
+
+
+def _end_with_parent() -> None:
+    """A pool whose owner was killed waits for work for ever: nobody closes its queue, of which it holds both ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a process of the pool has one"
+    parent.join()
+    os._exit(1)
 
 
 def _encode_in_process(documents: list[Document], with_loss: bool) -> EncodedDocuments:

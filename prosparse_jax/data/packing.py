@@ -61,7 +61,7 @@ class ConcatThenSplit:
     """Item i covers the tokens i*T ... i*T + T: T inputs and, one further, T targets.
 
     Documents follow each other without padding, so that every token but the very first is a target once; only the last
-    sequence may end in padding.
+    sequence may end in padding. With document masks the first token of a document is a target that does not count.
     """
 
     def __init__(self, split: TokenSplit, sequence_length: int, *, source: int, document_masks: bool):
@@ -87,13 +87,15 @@ class ConcatThenSplit:
 
     def _mark_documents(self, example: Example, begin: int, count: int) -> None:
         ends = self._split.ends
-        first, last = np.searchsorted(ends, [begin, begin + count - 1], side="right")
+        first, last, beyond = np.searchsorted(ends, [begin, begin + count - 1, begin + count], side="right")
         starts = np.zeros(count, np.int32)
         borders = ends[first:last] - begin
         starts[borders] = 1
         segments = 1 + np.cumsum(starts)
         example["segments"][:count] = segments
         example["positions"][:count] = np.arange(count) - np.concatenate([[0], borders])[segments - 1]
+        # Nothing of its document stands before the first token of one. `beyond`: the last target is one place further.
+        example["loss_mask"][ends[first:beyond] - begin - 1] = False
 
 
 class BestFit:

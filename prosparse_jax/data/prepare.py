@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from prosparse_jax.config import DataConfig, SourceConfig
-from prosparse_jax.data.documents import is_validation, stable_fraction
+from prosparse_jax.data.documents import SIMPLE_SOURCE, is_validation, stable_fraction
 from prosparse_jax.data.encode import Encoder, batches, token_dtype, wrapping
+from prosparse_jax.data.files import is_url
 from prosparse_jax.data.shards import (
     FORMAT,
     MANIFEST,
@@ -35,6 +37,8 @@ SHARD_TOKENS = 2**27
 _PROGRESS = "progress.json"
 # What a killed call may leave in the folder of a source.
 _OWN_FILES = re.compile(r"\d{5}\.(train|validation)\.(tokens|lengths|loss)|\.?(progress|manifest)\.json(\.\d+\.tmp)?")
+
+_log = logging.getLogger(__name__)
 
 Report = Callable[[int], None]
 """Called with the bytes of a source that are behind us."""
@@ -94,9 +98,9 @@ def tokenize_source(
     for batch, encoded in encoder.encode(batches(documents), with_loss=with_loss):
         if writer is None:
             writer = ShardWriter(folder, len(done["shards"]), encoded.tokens.dtype, with_loss=with_loss)
-        held_out = np.array([is_validation(document.name, data.validation_share) for document in batch])
+        held_out = np.array([is_validation(document.split_name, data.validation_share) for document in batch])
         writer.write(encoded, held_out)
-        smallest = min(stable_fraction(document.name) for document in batch)
+        smallest = min(stable_fraction(document.split_name) for document in batch)
         done["smallest_fraction"] = min(done["smallest_fraction"], smallest)
         bytes_done += sum(document.size for document in batch)
         report(bytes_done)
@@ -262,8 +266,8 @@ def read_prepared(data: DataConfig, tokenizer: TextTokenizer) -> list[tuple[Path
     whole = read_manifest(directory)
     if whole is None:
         raise DataError(
-            f"data.prepared={data.prepared}: {directory / MANIFEST} is not there: scripts/prepare_data.py has not "
-            "ended. Run it again with the same --out; it goes on where it was."
+            f"data.prepared={data.prepared}: {directory / MANIFEST} is not there, or of another version: "
+            "scripts/prepare_data.py has not ended. Run it again with the same --out; it goes on where it was."
         )
     wanted = {
         "tokenizer": tokenizer.fingerprint,
@@ -293,14 +297,35 @@ def read_prepared(data: DataConfig, tokenizer: TextTokenizer) -> list[tuple[Path
             for name, value in settings.items()
             if manifest["settings"][name] != value
         ]
+        found += _other_paths(source, manifest["paths"])
         _refuse_damage(folder, shard_problems(folder, manifest["shards"]))
         opened.append((folder, manifest))
     if found:
         raise DataError(
             f"data.prepared={data.prepared} was made with {'; '.join(found)}. Prepare the data anew with "
-            "scripts/prepare_data.py, or set the config back."
+            "scripts/prepare_data.py, or set the config back (data.paths may be left out)."
         )
     return opened
+
+
+def _other_paths(source: SourceConfig, made_of: list[str]) -> list[str]:
+    """Tells that the tokens were made of other paths than those that `data.paths` gives.
+
+    The paths of a source are only warned of: a recipe may name the text's place on the machine that prepared it.
+    """
+    if not source.paths or [*map(_place, source.paths)] == [*map(_place, made_of)]:
+        return []
+    if source.name == SIMPLE_SOURCE:
+        return [f"other data.paths ({made_of or 'none: the Python standard library'}, this run's: {[*source.paths]})"]
+    _log.warning(
+        "source %r: data.prepared was made of the paths %s; this run's, %s, are not read",
+        source.name, made_of, [*source.paths],
+    )  # fmt: skip
+    return []
+
+
+def _place(path: str) -> str:
+    return path if is_url(path) else str(Path(path).expanduser().absolute())
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ PIECE_CHARACTERS = 256 * 1024
 _ROWS = 256
 
 _JSON_SUFFIXES = JSON_LINES_SUFFIXES | {".json"}
+_TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 _ARRAY_RECORD_SUFFIXES = frozenset({".arrayrecord", ".array_record"})
 _UTF8_FIX = "Save the file as UTF-8, convert it to JSON Lines, or take it out of data.paths."
 
@@ -49,7 +50,11 @@ def read_file(file: SourceFile) -> Iterator[RawRecord]:
     try:
         for number, record in enumerate(_records(file), 1):  # noqa: B007
             yield record
-    except (*DAMAGE, zlib.error, pa.ArrowInvalid) as error:
+    except (*DAMAGE, zlib.error, pa.ArrowInvalid, OSError) as error:
+        # pyarrow reports damaged pages and cut streams as OSErrors; those of the system have a number.
+        reported_by_arrow = file.suffix in _TABLE_SUFFIXES and isinstance(error, OSError) and error.errno is None
+        if not reported_by_arrow and not isinstance(error, (*DAMAGE, zlib.error, pa.ArrowInvalid)):
+            raise
         problem = RecordProblem(
             "damaged file",
             f"damaged after record {number} ({str(error).splitlines()[0] or type(error).__name__}). "

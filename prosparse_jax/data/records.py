@@ -143,7 +143,7 @@ def _unnatural_instructions(record: Record, source: SourceConfig) -> Iterator[Sa
 def _super_natural_instructions(record: Record, source: SourceConfig) -> Iterator[Sample]:
     definition = _field(record, "definition")
     if isinstance(definition, list | tuple):
-        definition = "\n".join(definition)
+        definition = "\n".join(_text(part, "definition") for part in definition)
     prompt = f"{_text(definition, 'definition')}\n\n{_text(_field(record, 'inputs'), 'inputs')}"
     yield _exchange(prompt, _field(record, "targets"), "targets")
 

@@ -6,10 +6,13 @@ A folder holds, for every shard and split, `<shard>.<split>.tokens` (ids, docume
 complete.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
+import resource
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,8 +27,8 @@ from prosparse_jax.observe.files import write_json_atomic
 SPLITS = ("train", "validation")
 MANIFEST = "manifest.json"
 
-# Bump when the layout of a folder changes.
-FORMAT = 2
+# Bump when the layout of a folder changes, or what the same text and settings become.
+FORMAT = 3
 
 _LENGTHS_DTYPE, _LOSS_DTYPE = np.dtype("<u4"), np.dtype("u1")
 # Folders up to this size are read through and compared with their checksums when they are opened: a second at most.
@@ -161,10 +164,17 @@ class ShardedArray:
     @functools.cached_property
     def _descriptors(self) -> list[int]:
         descriptors = []
+        _allow_open_files()
         for path in self._paths:
             try:
                 descriptors.append(os.open(path, os.O_RDONLY))
             except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                    raise DataError(
+                        f"{path} cannot be opened: {error.strerror} (at most {limit} in this process). All token shards "
+                        "stay open during a run: raise the limit (ulimit -n, or LimitNOFILE of the service)."
+                    ) from error
                 raise _vanished(path, error.strerror) from error
         return descriptors
 
@@ -194,6 +204,14 @@ class ShardedArray:
     def __del__(self) -> None:
         for descriptor in self.__dict__.get("_descriptors", ()):
             os.close(descriptor)
+
+
+def _allow_open_files() -> None:
+    """Raises the limit of open files as far as this process may: many systems begin with 1024, fewer than the shards."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Some systems refuse a limit that they themselves report; then opening tells.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _vanished(path: Path, why: str | None) -> DataError:

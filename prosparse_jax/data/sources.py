@@ -193,6 +193,7 @@ def _documents_of(source: SourceConfig, record: RawRecord, seen: set[str]) -> It
     for index, sample in enumerate(FORMATS[source.records].samples(record.content, source)):
         # The whole size goes to the first: what a progress bar counts must add up.
         document = _document(source, f"{name}/{index}" if index else name, sample, 0 if index else record.size)
+        document = document._replace(record=name if index else "")
         _refuse_surrogates(document.text)
         if len(document.text) > PIECE_CHARACTERS and document.responses is None and not document.cuts:
             yield from _pieces(document)
@@ -236,7 +237,7 @@ def _pieces(document: Document) -> Iterator[Document]:
         line_end = document.text.find("\n", end, end + PIECE_CHARACTERS)
         end = end + PIECE_CHARACTERS if line_end < 0 else line_end + 1
         name = f"{document.name}#{index}" if index else document.name
-        yield Document(name, document.text[begin:end], 0 if index else document.size)
+        yield Document(name, document.text[begin:end], 0 if index else document.size, record=document.split_name)
         begin, index = end, index + 1
 
 

@@ -23,7 +23,7 @@ class Rendered(NamedTuple):
 
     text: str
     responses: tuple[tuple[int, int], ...]
-    """From the first character of a response to the next prompt: what follows a response has to be generated too."""
+    """From the first character of a response to the next exchange: what follows a response has to be generated too."""
     cuts: tuple[int, ...]
     """Where EOS and BOS stand between two exchanges."""
 
@@ -59,8 +59,8 @@ def render(template: str, exchanges: Sequence[Exchange], system: str = "") -> Re
             response = response.strip()
         if index and template == LLAMA2_CHAT:
             cuts.append(length)
-        elif index:
-            before = _BETWEEN + before
+        if index < len(exchanges) - 1 and template != LLAMA2_CHAT:
+            after += _BETWEEN
         begin, length = length + len(before), length + len(before) + len(response) + len(after)
         responses.append((begin, length))
         pieces += before, response, after
@@ -74,12 +74,14 @@ def _around(template: str, prompt: str, system: str) -> tuple[str, str]:
         return f"[INST] {(told + prompt).strip()} [/INST] ", " "
     prompt = f"{system}\n{prompt}" if system else prompt
     form = _PLAIN_FORM if template == PLAIN else template
-    before, after = "", ""
+    before, after, seen = "", "", False
+    # Escaped braces come as literals of their own, without a field.
     for literal, field, _, _ in string.Formatter().parse(form):
-        if field == "response":
-            before += literal
-        elif field == "prompt":
-            before += literal + prompt
+        if seen:
+            after += literal
         else:
-            after = literal
+            before += literal
+        if field == "prompt":
+            before += prompt
+        seen = seen or field == "response"
     return before, after

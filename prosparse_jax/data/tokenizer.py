@@ -32,7 +32,7 @@ PREPARED_TOKENIZER = "tokenizer"
 TRAINING_BYTES = 128 * 2**20
 
 # Bump to train again although the text is the same.
-_RECIPE_VERSION = 1
+_RECIPE_VERSION = 2
 
 # Looked for when a tokenizer.json has no tokenizer_config.json beside it.
 _USUAL_BOS = ("<s>", "<|begin_of_text|>", SEPARATOR)
@@ -133,20 +133,19 @@ def load_or_train_tokenizer(data: DataConfig, vocab_size: int) -> TextTokenizer:
         smaller (published models pad their tables) but not larger.
 
     Raises:
-      FileNotFoundError: data.tokenizer, or a path of the corpus, does not exist.
+      FileNotFoundError: data.tokenizer, the tokenizer of data.prepared, or a path of the corpus does not exist.
       DataError: the tokenizer cannot be read or does not fit `vocab_size`, or the text is too little to reach it.
     """
     if data.tokenizer:
         tokenizer = load_tokenizer(Path(data.tokenizer).expanduser())
-        if tokenizer.vocab_size > vocab_size:
-            raise DataError(
-                f"data.tokenizer={data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
-                f"model.vocab_size={vocab_size}. Set model.vocab_size={tokenizer.vocab_size} or more, or leave "
-                "data.tokenizer empty to train one of the model's size."
-            )
+        advice = ", or leave data.tokenizer empty to train one of the model's size" if not data.prepared else ""
+        _refuse_too_many_tokens(tokenizer, vocab_size, f"data.tokenizer={data.tokenizer}", advice)
         return tokenizer
     if data.prepared:
-        return load_tokenizer(Path(data.prepared).expanduser() / PREPARED_TOKENIZER)
+        tokenizer = _prepared_tokenizer(data.prepared)
+        advice = ", or prepare the data with a tokenizer of the model"
+        _refuse_too_many_tokens(tokenizer, vocab_size, f"the tokenizer of data.prepared={data.prepared}", advice)
+        return tokenizer
     least = len(pre_tokenizers.ByteLevel.alphabet()) + 1
     if vocab_size < least:
         raise DataError(
@@ -161,6 +160,26 @@ def load_or_train_tokenizer(data: DataConfig, vocab_size: int) -> TextTokenizer:
         _read_cached,
         lambda folder: _write_files(folder, _train_on_corpus(data, vocab_size, corpus.size).files),
     )
+
+
+def _prepared_tokenizer(prepared: str) -> TextTokenizer:
+    folder = Path(prepared).expanduser() / PREPARED_TOKENIZER
+    try:
+        return load_tokenizer(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"data.prepared={prepared}: no file {folder / TOKENIZER_FILE}. Correct the path, copy the whole directory, or "
+            "make it with scripts/prepare_data.py."
+        ) from error
+
+
+def _refuse_too_many_tokens(tokenizer: TextTokenizer, vocab_size: int, shown: str, advice: str) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        # Looking up a row that an embedding table lacks is no error in JAX.
+        raise DataError(
+            f"{shown} has {tokenizer.vocab_size} tokens, more than model.vocab_size={vocab_size}. "
+            f"Set model.vocab_size={tokenizer.vocab_size} or more{advice}."
+        )
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
@@ -229,7 +248,7 @@ def _train_on_corpus(data: DataConfig, vocab_size: int, corpus_bytes: int) -> Te
         (
             document.text
             for document in read_documents(data)
-            if not is_validation(document.name, data.validation_share)
+            if not is_validation(document.split_name, data.validation_share)
             # Salted, or the sample would lack the documents that the split's own fraction takes away.
             and stable_fraction(f"tokenizer {document.name}") < used
         ),

@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from prosparse_jax.data.packing import pack
 from prosparse_jax.data.prepare import prepare_directory
 from prosparse_jax.data.sources import Skipped, read_source, sources_of
 from prosparse_jax.data.token_cache import prepare_tokens
-from prosparse_jax.data.tokenizer import load_tokenizer, train_byte_level_bpe
+from prosparse_jax.data.tokenizer import load_or_train_tokenizer, load_tokenizer, train_byte_level_bpe
 from prosparse_jax.errors import DataError
 
 
@@ -88,7 +90,7 @@ def documents_of(data: DataConfig) -> dict[str, list[str]]:
     for source in sources_of(data):
         expected[source.name] = []
         for document in read_source(source, data, Skipped()):
-            if not is_validation(document.name, data.validation_share):
+            if not is_validation(document.split_name, data.validation_share):
                 borders = [0, *document.cuts, len(document.text)]
                 pieces = (document.text[a:b] for a, b in itertools.pairwise(borders))
                 expected[source.name].append("".join(f"<s>{piece}</s>" for piece in pieces))
@@ -320,3 +322,81 @@ def test_tokens_of_something_else_are_refused(mixture, tmp_path, prose):
         opened(data)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         opened(dataclasses.replace(data, prepared=str(tmp_path / "nothing")))
+
+
+def test_other_paths_than_those_prepared_are_told(corpus, mixture, tmp_path, caplog):
+    corpus = dataclasses.replace(corpus, tokenizer=mixture.tokenizer)
+    prepare(corpus, tmp_path / "simple")
+    data = dataclasses.replace(corpus, prepared=str(tmp_path / "simple"))
+    opened(data)
+    opened(dataclasses.replace(data, paths=()))
+    with pytest.raises(DataError, match=r"other data\.paths \(\['.*corpus'\], this run's: \['elsewhere'\]\)"):
+        opened(dataclasses.replace(data, paths=("elsewhere",)))
+    prepare(mixture, tmp_path / "mixture")
+    moved = dataclasses.replace(mixture.sources[0], paths=("elsewhere",))
+    data = dataclasses.replace(mixture, prepared=str(tmp_path / "mixture"))
+    opened(data)
+    assert "are not read" not in caplog.text
+    opened(dataclasses.replace(data, sources=(moved, *mixture.sources[1:])))
+    assert "source 'texts': data.prepared was made of the paths" in caplog.text
+
+
+def test_the_tokenizer_of_prepared_tokens_must_be_there_and_fit_the_model(mixture, tmp_path):
+    prepare(mixture, tmp_path / "out")
+    data = DataConfig(prepared=str(tmp_path / "out"))
+    assert load_or_train_tokenizer(data, 302).vocab_size == 302
+    with pytest.raises(DataError, match=r"data\.prepared=.*out has 302 tokens, more than model\.vocab_size=301\. Set"):
+        load_or_train_tokenizer(data, 301)
+    shutil.rmtree(tmp_path / "out" / "tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"^data\.prepared=.*: no file .*tokenizer/tokenizer\.json\."):
+        load_or_train_tokenizer(data, 302)
+
+
+def test_processes_that_tokenise_end_with_the_one_that_was_killed(mixture):
+    """They hold the pipes of the killed process open: `run` returns when the last of them has ended."""
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from prosparse_jax.data.documents import Document\n"
+        "from prosparse_jax.data.encode import Encoder, Wrapping\n"
+        "from prosparse_jax.data.tokenizer import load_tokenizer\n"
+        "with Encoder(load_tokenizer(Path(sys.argv[1])), Wrapping(None, None), processes=1) as encoder:\n"
+        "    print(len(list(encoder.encode(iter([[Document('a', 'the sum', 7)]]), with_loss=False))), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script, mixture.tokenizer], env=environment, check=False,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "1\n"), done.stderr
+
+
+def test_parts_of_a_record_are_on_one_side_of_the_split(tmp_path, monkeypatch):
+    monkeypatch.setattr("prosparse_jax.data.sources.PIECE_CHARACTERS", 50)
+    instances = [{"instruction_with_input": f"{n} " * 20, "output": "x " * 200} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"instances": instances}) + "\n")
+    web = SourceConfig(name="web", paths=(str(tmp_path),), records="unnatural_instructions")
+    documents = list(read_source(web, DataConfig(), Skipped()))
+    assert len({document.name for document in documents}) == len(documents) > 3
+    assert {document.split_name for document in documents} == {f"{tmp_path.name}/a.jsonl:1"}
+
+
+def test_shards_beyond_the_soft_limit_of_open_files_are_read(mixture, tmp_path):
+    """Under a soft limit of 64 files and, with a hard one too, a message that says so."""
+    prepare(mixture, tmp_path / "out", shard_tokens=100)
+    script = (
+        "import json, resource, sys; from pathlib import Path; import numpy as np\n"
+        "from prosparse_jax.data.shards import open_split, read_manifest\n"
+        "soft, hard = 64, int(sys.argv[2])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
+        "folder = Path(sys.argv[1]); shards = read_manifest(folder)['shards'] * 20\n"
+        "print(len(open_split(folder, shards, 'train', np.dtype('<u2')).tokens[:]))\n"
+    )
+    texts = tmp_path / "out" / "texts"
+    manifest = json.loads((texts / "manifest.json").read_text())
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raised, refused = (
+        subprocess.run([sys.executable, "-c", script, str(texts), str(limit)], env=environment, check=False,
+                       capture_output=True, text=True) for limit in (hard, 64)
+    )  # fmt: skip
+    assert raised.stdout.strip() == str(20 * manifest["train"]["tokens"]), raised.stderr
+    assert "raise the limit (ulimit -n" in refused.stderr

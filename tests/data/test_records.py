@@ -75,6 +75,7 @@ def test_fields_can_be_named():
         ),
         ("chat", {"messages": ["only a prompt"]}, r"no prompt with a response"),
         ("unnatural_instructions", {"instances": ["x"]}, r"'instances' is not a list of objects"),
+        ("super_natural_instructions", {"definition": [None], "inputs": "x", "targets": "y"}, "'definition' is null"),
     ],
 )
 def test_a_record_of_another_shape_is_told(records, record, expected):
@@ -90,11 +91,26 @@ def test_plain_and_custom_templates():
     exchanges = [Exchange("one {x}", "1"), Exchange("two", "2")]
     plain = render("plain", exchanges, "You count.")
     assert plain.text == "You count.\none {x}\n1\n\ntwo\n2"
-    assert (responses_of(plain), plain.cuts) == (["1", "2"], ())
+    assert (responses_of(plain), plain.cuts) == (["1\n\n", "2"], ())
     custom = render("Q: {prompt}\nA: {response}!", exchanges)
     assert custom.text == "Q: one {x}\nA: 1!\n\nQ: two\nA: 2!"
     # What the template puts after a response has to be generated too.
-    assert responses_of(custom) == ["1!", "2!"]
+    assert responses_of(custom) == ["1!\n\n", "2!"]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "response"),
+    [
+        ("{{user}}: {prompt}\n{{bot}}: {response}", "{user}: hi\n{bot}: {yes}", "{yes}"),
+        ('{{"q": "{prompt}", "a": "{response}"}}', '{"q": "hi", "a": "{yes}"}', '{yes}"}'),
+        ('{{{{{prompt}}}}} {{{response}}} {{"end": [{{}}]}}', '{{hi}} {{yes}} {"end": [{}]}', '{yes}} {"end": [{}]}'),
+    ],
+)
+def test_escaped_braces_are_text(template, text, response):
+    assert template_problem(template) is None
+    assert text == template.format(prompt="hi", response="{yes}")
+    rendered = render(template, [Exchange("hi", "{yes}")])
+    assert (rendered.text, responses_of(rendered)) == (text, [response])
 
 
 # Written from the format that Meta's generation code documents, as Hugging Face's chat templates are written.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -110,6 +111,28 @@ def test_a_damaged_file_is_named_and_what_comes_before_the_damage_is_kept(tmp_pa
     texts, skipped = documents(source(tmp_path))
     assert skipped.pop("damaged file") == 1
     assert set(skipped) <= {"invalid JSON"}, "a damaged stream may show as a broken line first"
+    assert len(texts) >= 40
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "b.arrow"])
+def test_damage_that_pyarrow_reports_as_an_error_of_the_system(tmp_path, name):
+    """A changed byte in a compressed page, and a stream that ends within a batch."""
+    table = pa.table({"text": [f"the sparse neuron {n} {n * n}" for n in range(2000)]})
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    path = tmp_path / name
+    if name == "b.parquet":
+        pyarrow.parquet.write_table(table, path, compression="snappy", use_dictionary=False)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 4 : len(content) // 4 + 2000] = b"\xff" * 2000
+    else:
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=500)
+        content = path.read_bytes()[:-3000]
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: damaged after record \d+ \(.+\)\. Download or write the file again"):
+        documents(source(tmp_path), DataConfig())
+    texts, skipped = documents(source(tmp_path))
+    assert skipped == {"damaged file": 1}
     assert len(texts) >= 40
 
 
