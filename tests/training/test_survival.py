@@ -67,8 +67,41 @@ def test_a_resumed_run_judges_like_one_that_was_not_stopped():
     losses = [3.0 + 0.01 * (i % 7) for i in range(30)]
     whole = Health(SETTINGS, 0, 0)
     observe_all(whole, losses)
-    resumed = Health(SETTINGS, 30, 0, losses)
+    resumed = Health(SETTINGS, 30, 0, records(losses))
     assert whole.observe(31, 4.0, 0) == resumed.observe(31, 4.0, 0) != None  # noqa: E711
+
+
+def records(losses, skipped=lambda step: 0):
+    """Lines of metrics.jsonl, where a loss that is no number is null."""
+    return [
+        {"step": step, "loss": loss if np.isfinite(loss) else None, "skipped_updates": skipped(step)}
+        for step, loss in enumerate(losses, start=1)
+    ]
+
+
+@pytest.mark.parametrize("stop", range(31))
+def test_a_run_resumed_in_the_middle_of_trouble_judges_like_one_that_was_not_stopped(stop):
+    """A spike of three lines, a streak of bad updates long enough to be trouble, and a loss that overflows."""
+    losses = [3.0 + 0.01 * (i % 7) for i in range(30)]
+    losses[14:17] = 5.0, 5.1, 5.2
+    losses[20:25] = [np.nan] * 5
+    losses[27] = np.inf
+
+    def skipped(step):
+        return min(max(step - 20, 0), 5)
+
+    whole = Health(SETTINGS, 0, 0)
+    expected = observe_all(whole, losses, skipped=skipped)
+    assert [(step, trouble.kind) for step, trouble in expected.items()] == [
+        (15, "spike"), (23, "bad updates"), (24, "bad updates"), (25, "bad updates"),
+    ]  # fmt: skip
+    assert expected[23].healthy_step == 20
+    resumed = Health(SETTINGS, stop, skipped(stop), records(losses[:stop], skipped))
+    found = {}
+    for step in range(stop + 1, 31):
+        if trouble := resumed.observe(step, losses[step - 1], skipped(step)):
+            found[step] = trouble
+    assert found == {step: trouble for step, trouble in expected.items() if step > stop}
 
 
 def test_bad_updates_in_a_row_are_counted_over_log_lines():
@@ -113,6 +146,24 @@ def test_a_hung_loader_is_named():
     assert len(said) == 1
     assert "the loader reads my/text.jsonl" in said[0]
     assert "threading.py" in said[0]  # Where it hangs: Event.wait.
+
+
+def test_the_threads_that_read_ahead_are_named_too():
+    """With data.prefetch it is they that hang: the loop only waits for them."""
+    told, said = threading.Event(), []
+
+    def say(text):
+        said.append(text)
+        told.set()
+
+    def hangs_on_disk():
+        told.wait(30)
+
+    reading = threading.Thread(target=hangs_on_disk, name="grain-prefetch_0")
+    with LoaderWatch(0.05, "my/text.jsonl", say) as watch, watch.waiting():
+        reading.start()
+        reading.join()
+    assert "; grain-prefetch_0 is in wait, " in said[0]
 
 
 def tiny(tmp_path, name: str, **survival) -> Config:
