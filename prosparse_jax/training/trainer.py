@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +111,7 @@ class _Loop:
     ) -> tuple[int, bool]:
         config, step = self.program.config, self.start
         self.saved = step
-        newest = before = self.state.step
+        dispatched: deque[jax.Array] = deque(maxlen=2)
         self.telemetry.start()
         while True:
             done, stopping = step == config.training.steps, stop.requested()
@@ -136,9 +137,10 @@ class _Loop:
             placed = self.program.place_step_batch(arrays)
             # One step is always ready to run behind the one that runs, and no more: a run that is asked to stop must not
             # have ten of them to do first. Nothing is copied to the host.
-            jax.block_until_ready(before)
+            if len(dispatched) == 2:
+                jax.block_until_ready(dispatched[0])
             self.state, metrics = compiled(self.state, placed)
-            before, newest = newest, metrics.tokens
+            dispatched.append(metrics.tokens)
             step += 1
             self.telemetry.add(metrics)
             if step % config.logging.every == 0 or step == config.training.steps:
