@@ -22,10 +22,10 @@ from prosparse_jax.config import (
     SurvivalConfig,
     TrainingConfig,
 )
-from prosparse_jax.errors import OutOfMemoryError, TroubleError
+from prosparse_jax.errors import CheckpointError, OutOfMemoryError, TroubleError
 from prosparse_jax.observe.goodput import KINDS
 from prosparse_jax.observe.profiler import explaining_out_of_memory
-from prosparse_jax.training import inputs
+from prosparse_jax.training import inputs, trainer
 from prosparse_jax.training.survival import Health, LoaderWatch, Rollbacks, Trouble
 from prosparse_jax.training.trainer import train
 from tests.processes import assert_same_run, lines, write_text
@@ -241,6 +241,63 @@ def test_rollback_is_the_run_that_never_read_the_batches(tmp_path, monkeypatch, 
     reference = train(tiny(tmp_path, "reference"), console=Console(quiet=True))
     assert_same_run(result.directory, reference.directory)
     assert [line["step"] for line in lines(result.directory / "metrics.jsonl")] == list(range(1, 21))
+
+
+def test_rollback_goes_to_a_sound_checkpoint_and_damaged_ones_alone_are_no_empty_run(tmp_path, loader):
+    checkpoints = tmp_path / "rolled" / "checkpoints"
+
+    def change(number, take):
+        if number == 12:
+            deadline = time.monotonic() + 60
+            while not (checkpoints / "8" / "manifest.json").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            (checkpoints / "8" / "manifest.json").write_text("{}")
+        return poisoned(take()) if number in (10, 11, 12) else take()
+
+    loader(change)
+    out = Console(record=True, file=io.StringIO(), width=200)
+    config = tiny(tmp_path, "rolled", on_trouble="rollback")
+    train(config, console=out)
+    assert "back to the checkpoint of step 4; the 8 batches since then are skipped" in out.export_text()
+    assert [line["step"] for line in lines(tmp_path / "rolled" / "metrics.jsonl")] == list(range(1, 21))
+
+    for path in checkpoints.glob("*/manifest.json"):
+        path.write_text("{}")
+    record = (tmp_path / "rolled" / "metrics.jsonl").read_bytes()
+    for resume in (True, True, False):
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+            train(config, resume=resume, console=Console(quiet=True))
+    assert (tmp_path / "rolled" / "metrics.jsonl").read_bytes() == record
+
+
+def test_the_host_is_one_step_ahead_of_the_devices(tmp_path, monkeypatch):
+    """Before a step is dispatched, that before the last has been waited for, though no line is logged."""
+    waited, results = [], []
+    block, compile_step = jax.block_until_ready, trainer._Loop._compile
+
+    def block_until_ready(tree):
+        waited.append(tree)
+        return block(tree)
+
+    def compile_spied(loop):
+        compiled = compile_step(loop)
+
+        def dispatch(state, batch):
+            assert all(any(result is one for one in waited) for result in results[:-1])
+            state, metrics = compiled(state, batch)
+            results.append(metrics.tokens)
+            return state, metrics
+
+        return dispatch
+
+    monkeypatch.setattr(jax, "block_until_ready", block_until_ready)
+    monkeypatch.setattr(trainer._Loop, "_compile", compile_spied)
+    config = tiny(tmp_path, "ahead")
+    train(
+        dataclasses.replace(config, logging=dataclasses.replace(config.logging, every=100)), console=Console(quiet=True)
+    )
+    assert len(results) == 20
 
 
 def test_bad_updates_stop_the_run_with_their_batches(tmp_path, loader):
