@@ -78,9 +78,8 @@ class StopRequest:
             os.close(self._writing)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
+        del number, frame
         self._requested = True
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
     def _wait_for_signal(self) -> None:
         """Runs in a thread: Python calls handlers only when the main thread is back in Python code."""
@@ -89,7 +88,7 @@ class StopRequest:
             while received := os.read(self._reading, 1):
                 if (number := received[0]) not in _STOPPING:
                     continue
-                # The second one too: the main thread may never come back to do as usual.
+                # The second one too: the main thread may never come back to Python code.
                 if asked or not self._ready:
                     _end("interrupted")
                 asked = True
