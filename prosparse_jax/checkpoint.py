@@ -12,10 +12,8 @@ them. Typed PRNG keys are stored as the uint32 data behind them.
 
 import contextlib
 import functools
-import json
 import logging
 import math
-import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +25,9 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from prosparse_jax import checkpoint_integrity
+from prosparse_jax.checkpoint_integrity import DAMAGED, set_aside, storage_error
 from prosparse_jax.checkpoint_position import restore_position
+from prosparse_jax.checkpoint_room import ROOM_FIX, check_room
 from prosparse_jax.checkpoint_trees import abstract, describe, named_leaves, nest, stored_leaves
 from prosparse_jax.errors import CheckpointError, SaveError
 from prosparse_jax.observe.files import delete_directory
@@ -37,14 +37,12 @@ PyTree = Any
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 """What Orbax appends to the name of a directory that it has not finished."""
-_METADATA_BYTES = 1 << 20
-"""Generous room for what Orbax writes besides arrays, config and assets."""
 TABLE_CHUNK_BYTES = 64 * 2**20
 """Of an embedding table or head."""
-_SLOWEST_SAVE_SECONDS = 6 * 3600
-_DAMAGED = ".damaged"
-"""Appended to the name of a checkpoint that was found damaged: it no longer counts, and stays to be looked at."""
-_ROOM_FIX = "Free space there, lower checkpoint.keep, or choose another run_directory."
+_SAVE_BARRIER_SECONDS = 30 * 60
+"""How long processes that have written their part of a checkpoint wait for one that has not: its write may have failed,
+which they are not told. Far longer than parts of equal size can be apart."""
+_log = logging.getLogger(__name__)
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
@@ -99,7 +97,7 @@ def _orbax_options() -> ocp.Context:
     options.array.saving.scoped_storage_options_creator = _layer_by_layer
     # Created in the background, a directory that cannot be made leaves threads behind that wait 5 minutes for it.
     options.asynchronous.create_directories_asynchronously = False
-    options.asynchronous.timeout_secs = _SLOWEST_SAVE_SECONDS
+    options.asynchronous.timeout_secs = _SAVE_BARRIER_SECONDS
     return options
 
 
@@ -113,6 +111,11 @@ def _orbax(failure: str) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         # Orbax wraps what went wrong on loading in a page about its registry.
         raise CheckpointError(f"{failure}: {error.__cause__ or error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        # From a barrier: another process failed. A lack of memory is for others to explain.
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise CheckpointError(f"{failure}: {str(error).splitlines()[0]}") from error
 
 
 class CheckpointStore:
@@ -166,25 +169,30 @@ class CheckpointStore:
         """Step of the newest complete checkpoint up to `step`, or None."""
         return max((saved for saved in _steps(self.directory) if saved <= step), default=None)
 
-    def newest_sound_step(self, say: Callable[[str], None]) -> int | None:
-        """Step of the newest checkpoint whose files are those that were written; None if there is no checkpoint.
+    def newest_sound_step(self, say: Callable[[str], None], until: int | None = None) -> int | None:
+        """Step of the newest checkpoint, up to `until` if given, whose files are those that were written, or None.
 
         Reads all of it. A damaged one is renamed to `<step>.damaged`, as `say` is told, and the one before is looked at.
-        One process calls it. Raises CheckpointError when there are checkpoints and all are damaged.
+        One process calls it. Raises CheckpointError when all that are here are damaged, or one cannot be read at the moment.
         """
-        steps = sorted(_steps(self.directory), reverse=True)
-        for step in steps:
+        for step in sorted(_steps(self.directory), reverse=True):
+            if until is not None and step > until:
+                continue
             checkpoint = self.directory / str(step)
-            if not (found := self._damage(checkpoint, say)):
-                return step
-            aside = checkpoint.with_name(f"{step}{_DAMAGED}")
-            delete_directory(aside)
-            checkpoint.rename(aside)
+            try:
+                if not (found := self._damage(checkpoint, say)):
+                    return step
+                aside = set_aside(checkpoint)
+            except OSError as error:
+                raise CheckpointError(
+                    f"the checkpoint of step {step} cannot be read or set aside: {error}. It may be whole: look at the "
+                    f"storage of {self.directory} and try again, or rename that checkpoint to go on from the one before"
+                ) from error
             more = f", and {len(found) - 1} more" if len(found) > 1 else ""
             say(f"warning: the checkpoint of step {step} is damaged: {found[0]}{more}; it is now {aside}")
-        if steps:
+        if not _steps(self.directory) and any(self.directory.glob(f"*{DAMAGED}*")):
             raise CheckpointError(
-                f"every checkpoint in {self.directory} is damaged; all are kept there as <step>{_DAMAGED}. Check the "
+                f"every checkpoint in {self.directory} is damaged; all are kept there as <step>{DAMAGED}. Check the "
                 "disk, and start anew in another run_directory"
             )
         return None
@@ -195,6 +203,8 @@ class CheckpointStore:
         try:
             _stored_shapes(checkpoint, ["parameters", "optimizer"])  # Only other loads wait for all processes.
         except CheckpointError as error:
+            if storage := storage_error(error):
+                raise storage from error
             return [str(error)]
         say(f"note: {checkpoint} has no checksums (killed right after the save, or of an older version): not checked")
         return []
@@ -234,16 +244,16 @@ class CheckpointStore:
             CheckpointError: A step this high is there already.
         """
         self.wait()
-        latest = self.latest_step()
-        if latest is not None and step <= latest:
-            raise CheckpointError(
-                f"{self.directory} already holds a checkpoint of step {latest}, so step {step} cannot be saved there. "
-                "Continue from it, or choose another run_directory."
-            )
         arrays = nest(stored_leaves({"parameters": parameters, "optimizer": optimizer}))
         # Before Orbax begins, since its processes then wait for each other.
         with distributed.together("make room for a checkpoint"):
-            _check_room(self.directory, arrays, config, assets)
+            latest = self.latest_step()
+            if latest is not None and step <= latest:
+                raise CheckpointError(
+                    f"{self.directory} already holds a checkpoint of step {latest}, so step {step} cannot be saved there. "
+                    "Continue from it, or choose another run_directory."
+                )
+            check_room(self.directory, arrays, config, assets)
         with self._reporting_failure(step):
             response = ocp.save_checkpointables_async(
                 str(self.directory / str(step)),
@@ -299,13 +309,18 @@ class CheckpointStore:
         if jax.process_index() == 0:
             with self._reporting_failure(step):
                 checkpoint_integrity.write_manifest(self.directory / str(step))
-            with _orbax(f"old checkpoints in {self.directory} could not be deleted"):
-                for old in sorted(_steps(self.directory))[: -self._keep]:
-                    if self._keep_every and old % self._keep_every == 0:
-                        continue
-                    # Renamed first: a process killed while it deletes must not leave half of what looks complete.
-                    (self.directory / str(old)).rename(self.directory / f"{old}{_UNFINISHED}")
-            self._remove_unfinished()
+            try:
+                self._delete_old()
+            except OSError as error:  # The save itself is good, and the next one tries again.
+                _log.warning("warning: old checkpoints in %s could not be deleted: %s", self.directory, error)
+
+    def _delete_old(self) -> None:
+        for old in sorted(_steps(self.directory))[: -self._keep]:
+            if self._keep_every and old % self._keep_every == 0:
+                continue
+            # Renamed first: a process killed while it deletes must not leave half of what looks complete.
+            (self.directory / str(old)).rename(self.directory / f"{old}{_UNFINISHED}")
+        self._remove_unfinished()
 
     @contextlib.contextmanager
     def _reporting_failure(self, step: int) -> Iterator[None]:
@@ -316,7 +331,7 @@ class CheckpointStore:
             self._remove_unfinished()
             latest = self.latest_step()
             complete = "there is no complete one yet" if latest is None else f"that of step {latest} is complete"
-            raise SaveError(f"{error}\n{complete}. {_ROOM_FIX}") from error.__cause__
+            raise SaveError(f"{error}\n{complete}. {ROOM_FIX}") from error.__cause__
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
@@ -388,7 +403,7 @@ def write_inference_checkpoint(
     arrays = nest(stored_leaves({"parameters": parameters}))
     with _orbax(f"the checkpoint {directory} could not be written"):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(directory.parent, arrays, config, assets)
+        check_room(directory.parent, arrays, config, assets)
         try:
             ocp.save_checkpointables(str(directory), {**arrays, "config": config, "assets": _Files(assets)})
         except BaseException:
@@ -400,17 +415,6 @@ def _steps(directory: Path) -> list[int]:
     if not directory.is_dir():
         return []
     return [int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir()]
-
-
-def _check_room(directory: Path, arrays: PyTree, config: dict, assets: Mapping[str, bytes]) -> None:
-    array_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
-    needed = array_bytes + len(json.dumps(config)) + sum(map(len, assets.values())) + _METADATA_BYTES
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise SaveError(
-            f"no room for a checkpoint in {directory}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are "
-            f"free. {_ROOM_FIX}"
-        )
 
 
 def _stored_shapes(checkpoint: Path, kinds: list[str]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -4,6 +4,7 @@ Zarr chunks carry no checksum here, so that a flipped bit would otherwise become
 the checkpoint after it has its final name; one without it was killed in between, or is older than this file.
 """
 
+import itertools
 import json
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,11 @@ from pathlib import Path
 from prosparse_jax.observe.files import write_json_atomic
 
 MANIFEST = "manifest.json"
+DAMAGED = ".damaged"
+"""Appended to the name of a checkpoint that was found damaged: it no longer counts, and stays to be looked at."""
 _BLOCK_BYTES = 2**24
+_MISSING = (FileNotFoundError, NotADirectoryError)
+"""What the lack of a file raises, or of the directory it was in."""
 _THREADS = 4
 """zlib.crc32 lets other threads run; four of them keep up with a fast disk."""
 
@@ -26,14 +31,19 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def has_manifest(checkpoint: Path) -> bool:
-    """Whether `damage` can tell anything about it."""
-    return (checkpoint / MANIFEST).is_file()
+    """Whether `damage` can tell anything about it. Raises OSError, as `damage`, when the storage does not answer."""
+    try:
+        (checkpoint / MANIFEST).stat()
+    except _MISSING:
+        return False
+    return True
 
 
 def damage(checkpoint: Path) -> list[str]:
     """What differs between the files of `checkpoint` and its manifest, one sentence each; empty for a whole one.
 
-    Reads every byte. Files that came later do not count.
+    Reads every byte. Files that came later do not count. Raises OSError when one is there and cannot be read: a storage
+    that fails for a moment damages nothing.
     """
     try:
         recorded = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
@@ -45,16 +55,30 @@ def damage(checkpoint: Path) -> list[str]:
         return [text for text in found if text]
 
 
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint so that it no longer counts, to a name that is free; returns that. Raises OSError."""
+    aside = checkpoint.with_name(f"{checkpoint.name}{DAMAGED}")
+    names = itertools.chain([aside], (aside.with_name(f"{aside.name}-{number}") for number in itertools.count(2)))
+    return checkpoint.rename(next(name for name in names if not name.exists()))
+
+
+def storage_error(error: BaseException | None) -> OSError | None:
+    """The failure of the storage among the causes of `error`, if any; that a file is not there is none."""
+    while error is not None:
+        if isinstance(error, OSError) and not isinstance(error, _MISSING):
+            return error
+        error = error.__cause__
+    return None
+
+
 def _difference(checkpoint: Path, name: str, size: int, crc: int) -> str | None:
     path = checkpoint / name
     try:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
         return None if _checksum(path) == crc else f"{name} has other content than was written"
-    except FileNotFoundError:
+    except _MISSING:
         return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
 
 
 def _files(checkpoint: Path) -> list[str]:

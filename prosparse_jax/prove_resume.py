@@ -26,10 +26,9 @@ from prosparse_jax.checkpoint_integrity import MANIFEST
 from prosparse_jax.checkpoint_pieces import CheckpointReader
 from prosparse_jax.errors import CheckpointError
 from prosparse_jax.observe.files import TRAINING_FILE, VALIDATION_FILE, read_jsonl
+from prosparse_jax.training.records import MEASURED_FIELDS
 
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train.py"
-MEASURED = ("tokens_per_second", "mfu", "share_of_measured_peak")
-"""Fields of a record that a clock decides."""
 _RESUMED = re.compile(r"resuming from the checkpoint of step (\d+)")
 _POLL_SECONDS = 0.002
 
@@ -224,7 +223,7 @@ def differences(run: Path, reference: Path) -> list[str]:
 
 
 def _computed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
+    return [{name: value for name, value in record.items() if name not in MEASURED_FIELDS} for record in records]
 
 
 def prove_resume(

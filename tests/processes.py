@@ -18,6 +18,7 @@ import pytest
 
 from prosparse_jax import checkpoint
 from prosparse_jax.checkpoint_pieces import CheckpointReader
+from prosparse_jax.training.records import MEASURED_FIELDS
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 WORDS = [
@@ -185,8 +186,7 @@ def steps(path: Path) -> list[int]:
 
 def computed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records without what a clock measured."""
-    measured = {"tokens_per_second", "mfu", "share_of_measured_peak"}
-    return [{name: value for name, value in record.items() if name not in measured} for record in records]
+    return [{name: value for name, value in record.items() if name not in MEASURED_FIELDS} for record in records]
 
 
 def parameters(run: Path) -> dict[str, np.ndarray]:

@@ -1,9 +1,12 @@
 """Damage of every kind to every file of a checkpoint is found, and the checkpoint before it is used."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +83,74 @@ def test_all_damaged_is_an_error_and_none_is_not(tmp_path):
     ):
         store.newest_sound_step(print)
     assert names(tmp_path) == ["1.damaged"]
+    # Nor does the next attempt take the directory for an empty one.
+    with (
+        ck.CheckpointStore(tmp_path, keep=9) as store,
+        pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; all are kept"),
+    ):
+        store.newest_sound_step(print)
+
+
+def test_what_was_set_aside_stays_when_the_same_step_is_damaged_again(tmp_path):
+    for found in (["1.damaged"], ["1.damaged", "1.damaged-2"]):
+        save_all(tmp_path, [1, 2][: len(found)])
+        (tmp_path / "1" / "manifest.json").write_text(json.dumps({"files": {"gone": [len(found), 0]}}))
+        if (tmp_path / "2").exists():
+            shutil.rmtree(tmp_path / "2")
+        with ck.CheckpointStore(tmp_path, keep=9) as store, pytest.raises(CheckpointError, match="every checkpoint"):
+            store.newest_sound_step(print)
+        assert names(tmp_path) == found
+
+
+@pytest.mark.parametrize("where", ["stat", "read_bytes", "open"])
+def test_a_storage_that_does_not_answer_damages_nothing(tmp_path, monkeypatch, where):
+    """`stat` fails for the manifest, `read_bytes` reads it, `open` reads every other file."""
+    save_all(tmp_path, [1, 2])
+    real = getattr(Path, where)
+
+    def fails(path, *args, **kwargs):
+        if path.is_relative_to(tmp_path / "2") and (where != "stat" or path.name == "manifest.json"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *args, **kwargs)
+
+    with ck.CheckpointStore(tmp_path, keep=9) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, where, fails)
+            with pytest.raises(CheckpointError, match=r"step 2 cannot be read or set aside: .*Input/output error"):
+                store.newest_sound_step(print)
+        assert names(tmp_path) == ["1", "2"]
+        assert store.newest_sound_step(print) == 2
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_fail_the_save(tmp_path, monkeypatch, caplog):
+    real = Path.rename
+
+    def rename(path, target):
+        if path.name == "1":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with ck.CheckpointStore(tmp_path, keep=1) as store:
+        for step in (1, 2):
+            store.save(step, **contents(step), data_iterator=batches(taken=step))
+        store.wait()
+        assert "old checkpoints in" in caplog.text
+        assert names(tmp_path) == ["1", "2"]
+        monkeypatch.undo()
+        store.save(3, **contents(3), data_iterator=batches(taken=3))
+    assert names(tmp_path) == ["3"]
+    assert_holds(tmp_path, 3)
+
+
+def test_a_sound_one_up_to_a_step(tmp_path):
+    save_all(tmp_path, [1, 2, 3])
+    (tmp_path / "2" / "manifest.json").write_text("{}")
+    with ck.CheckpointStore(tmp_path, keep=9) as store:
+        assert store.newest_sound_step(print, until=2) == 1
+        assert names(tmp_path) == ["1", "2.damaged", "3"]
+        assert store.newest_sound_step(print, until=0) is None
+        assert store.newest_sound_step(print) == 3
 
 
 def test_a_checkpoint_without_manifest_is_used_and_said_to_be_unchecked(tmp_path):

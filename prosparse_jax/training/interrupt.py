@@ -17,7 +17,7 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Context manager; `requested()` turns true after the first SIGINT or SIGTERM. A second one acts as usual.
+    """Context manager; `requested()` turns true after the first SIGINT or SIGTERM. A second one ends the process at once.
 
     A thread sees the signal even while the main one is inside a compilation, a hung file system or a collective. Before
     `ready` is called there is nothing to save, and it ends the process at once; afterwards it does so when the run has
@@ -78,23 +78,22 @@ class StopRequest:
             os.close(self._writing)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
+        del number, frame
         self._requested = True
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
     def _wait_for_signal(self) -> None:
         """Runs in a thread: Python calls handlers only when the main thread is back in Python code."""
-        number = 0
+        asked = False
         with contextlib.suppress(OSError):
-            while number not in _STOPPING:
-                if not (received := os.read(self._reading, 1)):
-                    break
-                number = received[0]
+            while received := os.read(self._reading, 1):
+                if (number := received[0]) not in _STOPPING:
+                    continue
+                # The second one too: the main thread may never come back to Python code.
+                if asked or not self._ready:
+                    _end("interrupted")
+                asked = True
+                self._watch(number)
         os.close(self._reading)
-        if number in _STOPPING:
-            if not self._ready:
-                _end("interrupted")
-            self._watch(number)
 
     def _watch(self, number: int) -> None:
         def expire() -> None:

@@ -10,6 +10,9 @@ from prosparse_jax.training.losses import SourceFigures, figures_by_source
 from prosparse_jax.training.step import StepMetrics
 from prosparse_jax.training.telemetry import Interval
 
+MEASURED_FIELDS = ("tokens_per_second", "loader_wait_seconds", "loader_wait_share", "mfu", "share_of_measured_peak")
+"""Fields of metrics.jsonl that a clock decides: all others are the same in a run that is repeated or resumed."""
+
 
 @runtime_checkable
 class CountsEpochs(Protocol):

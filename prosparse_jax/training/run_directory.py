@@ -79,9 +79,10 @@ def step_to_resume(
 
     Checkpoints that are damaged are passed over, which is said. Raises ConfigError when a run is there and `resume` is
     false, or when its model, seed, sequence shape or L1 reduction differ from the config's, and CheckpointError when all
-    checkpoints are damaged. Other changed fields are reported through `say`.
+    checkpoints are damaged, whatever `resume` is. Other changed fields are reported through `say`. Several processes all
+    call it.
     """
-    directory, latest = run_directory(config), store.latest_step()
+    directory = run_directory(config)
     if checkpoint.is_checkpoint(directory):
         raise ConfigError(
             [
@@ -89,11 +90,9 @@ def step_to_resume(
                 "--run-directory or --name"
             ]
         )
-    if latest is None:
-        if resume:
-            say(f"no checkpoint in {directory} yet: starting at step 0")
-        return None
-    if not resume:
+    # A shared file system may show a process what is new, or gone, later than another.
+    latest = distributed.from_first("look for checkpoints", store.latest_step)
+    if latest is not None and not resume:
         raise ConfigError(
             [
                 f"{directory} already holds a run, saved at step {latest}; continue it with --resume, choose another "
@@ -101,8 +100,11 @@ def step_to_resume(
             ]
         )
     latest = distributed.from_first("find a sound checkpoint", lambda: store.newest_sound_step(say))
-    assert latest is not None
-    path = checkpoint.find_checkpoint(store.directory)
+    if latest is None:
+        if resume:
+            say(f"no checkpoint in {directory} yet: starting at step 0")
+        return None
+    path = store.directory / str(latest)
     stored = config_from_dict(checkpoint.read_config(path), source=str(path))
     changed = [
         line for line in differences(config_to_dict(stored), config_to_dict(config)) if not line.startswith(_PLACES)

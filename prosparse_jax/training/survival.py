@@ -10,8 +10,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from prosparse_jax.config import SurvivalConfig
@@ -22,6 +23,9 @@ _MAD_TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, for a normal distribution."""
 _LEAST_SIGMA = 0.01
 """As a share of the median: losses that hardly move do not make every ripple a spike."""
+
+_PREFETCH_THREAD = "grain-prefetch"
+"""How the names of the threads begin in which grain reads ahead."""
 
 
 class Trouble(NamedTuple):
@@ -40,22 +44,28 @@ class Health:
     """Judges the log lines of a run. Pure arithmetic on what is on the host anyway: the devices are never waited for.
 
     All processes of a run see the same numbers and come to the same verdict. A resumed run is given the log lines before
-    it, and so judges like one that was never stopped.
+    it, and so judges like one that was never stopped: also a spike or a streak of bad updates that it is in.
 
     Args:
         settings: When to call something trouble.
-        step: Steps done before the first log line to come.
-        skipped_updates: Skipped among those.
-        losses: Of the log lines before, in order.
+        step: Steps done before the first log line to come; counts only where there are no lines before.
+        skipped_updates: Skipped among those; likewise.
+        records: The lines of metrics.jsonl before, in order.
     """
 
-    def __init__(self, settings: SurvivalConfig, step: int, skipped_updates: int, losses: Iterable[float | None] = ()):
+    def __init__(
+        self, settings: SurvivalConfig, step: int, skipped_updates: int, records: Sequence[Mapping[str, Any]] = ()
+    ):
         self._settings = settings
-        self._step, self._skipped = step, skipped_updates
-        self._healthy = step
+        self._step, self._skipped = (0, 0) if records else (step, skipped_updates)
+        self._healthy = self._step
         self._bad_since: int | None = None
         self._spiking = False
-        self._losses = deque((x for x in losses if x is not None), maxlen=settings.spike_window)
+        self._losses: deque[float] = deque(maxlen=settings.spike_window)
+        for record in records:
+            # What was to be told of them has been told.
+            loss = math.nan if record["loss"] is None else record["loss"]
+            self.observe(record["step"], loss, record["skipped_updates"])
 
     def observe(self, step: int, loss: float, skipped_updates: int) -> Trouble | None:
         """The verdict on the log line of `step`. A spike is told once, on its first line."""
@@ -70,7 +80,7 @@ class Health:
             text = f"steps {self._bad_since + 1} to {step}: loss or gradient not finite in {count} updates in a row"
             return Trouble("bad updates", self._bad_since + 1, step, self._healthy, text)
         self._bad_since = None
-        if math.isnan(loss):
+        if not math.isfinite(loss):  # Not told apart: in metrics.jsonl both are null.
             return None
         limit = self._limit()
         spiking, was_spiking = limit is not None and loss > limit[0], self._spiking
@@ -183,8 +193,19 @@ class LoaderWatch:
                     self._say(f"warning: no batch for {waited:.0f} s; the loader reads {self._source}, {self._place()}")
 
     def _place(self) -> str:
-        frame = sys._current_frames().get(self._thread_watched)
-        if frame is None:
+        frames = sys._current_frames()
+        if self._thread_watched not in frames:
             return "and has ended"
-        inner = traceback.extract_stack(frame)[-1]
-        return f"and is in {inner.name}, {inner.filename}:{inner.lineno}: {inner.line or 'no source'}"
+        places = [f"and is in {_innermost(frames[self._thread_watched])}"]
+        # With data.prefetch the text is read in threads of grain; the loop only waits for them.
+        places += [
+            f"{thread.name} is in {_innermost(frames[thread.ident])}"
+            for thread in threading.enumerate()
+            if thread.name.startswith(_PREFETCH_THREAD) and thread.ident in frames
+        ]
+        return "; ".join(places)
+
+
+def _innermost(frame: FrameType) -> str:
+    inner = traceback.extract_stack(frame)[-1]
+    return f"{inner.name}, {inner.filename}:{inner.lineno}: {inner.line or 'no source'}"

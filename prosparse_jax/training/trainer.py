@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from prosparse_jax import checkpoint, config_checks
 from prosparse_jax.config import Config
 from prosparse_jax.config_io import config_to_dict
 from prosparse_jax.data.sources import source_names
-from prosparse_jax.errors import SaveError, TroubleError
+from prosparse_jax.errors import CheckpointError, SaveError, TroubleError
 from prosparse_jax.evaluation.report import source_table
 from prosparse_jax.evaluation.validation import run_validation
 from prosparse_jax.interop.weights import WeightSource
@@ -110,6 +111,7 @@ class _Loop:
     ) -> tuple[int, bool]:
         config, step = self.program.config, self.start
         self.saved = step
+        dispatched: deque[jax.Array] = deque(maxlen=2)
         self.telemetry.start()
         while True:
             done, stopping = step == config.training.steps, stop.requested()
@@ -132,7 +134,13 @@ class _Loop:
             profiler.at(step, self.state.step)
             with watch.waiting(), self.goodput.spent("data"):
                 arrays = self.telemetry.next_batch(self.iterator, self.state.step)
-            self.state, metrics = compiled(self.state, self.program.place_step_batch(arrays))
+            placed = self.program.place_step_batch(arrays)
+            # One step is always ready to run behind the one that runs, and no more: a run that is asked to stop must not
+            # have ten of them to do first. Nothing is copied to the host.
+            if len(dispatched) == 2:
+                jax.block_until_ready(dispatched[0])
+            self.state, metrics = compiled(self.state, placed)
+            dispatched.append(metrics.tokens)
             step += 1
             self.telemetry.add(metrics)
             if step % config.logging.every == 0 or step == config.training.steps:
@@ -195,7 +203,7 @@ class _Loop:
             yield
         except SaveError as error:
             failure = error
-        except distributed.OtherProcessError as error:
+        except (CheckpointError, distributed.OtherProcessError, OSError) as error:
             failure = SaveError(str(error))
         if distributed.any_process(failure is not None):
             self.unsaved = failure or SaveError("another process could not write its part of the checkpoint")
@@ -207,8 +215,8 @@ class _Loop:
         # Those of a resumed run were reported before.
         self.skipped_updates = int(self.state.skipped_updates)
         records = read_jsonl(run_directory(self.program.config) / TRAINING_FILE)
-        losses = [record["loss"] for record in records if record["step"] <= step]
-        self.health = Health(self.program.config.survival, step, self.skipped_updates, losses)
+        kept = [record for record in records if record["step"] <= step]
+        self.health = Health(self.program.config.survival, step, self.skipped_updates, kept)
 
     def _after_trouble(self, trouble: Trouble) -> int:
         """Reports it; goes back or stops, as configured. Returns the step to go on from. Raises TroubleError to stop."""
@@ -219,8 +227,14 @@ class _Loop:
             return trouble.last
         with self.goodput.spent("save"):
             self._end_save()
-        target = self.store.newest_step_until(trouble.healthy_step)
         may_go_back = survival.on_trouble == "rollback" and len(self.rollbacks.entries) < survival.max_rollbacks
+
+        def newest_healthy() -> int | None:
+            if may_go_back:  # Only what is restored need be sound; that costs reading all of it.
+                return self.store.newest_sound_step(self.progress.message, trouble.healthy_step)
+            return self.store.newest_step_until(trouble.healthy_step)
+
+        target = distributed.from_first("find a checkpoint to go back to", newest_healthy)
         if may_go_back and target is not None:
             self._roll_back(trouble, target)
             return target
@@ -238,12 +252,13 @@ class _Loop:
         """The state of step `target` again, and no later one on disk; the data goes on after the trouble."""
         directory = run_directory(self.program.config)
         with self.goodput.spent("rollback"), jax.transfer_guard("allow"):
-            if distributed.is_first():
-                self.store.discard_after(target)
             # Two states at once may not fit.
             for leaf in jax.tree.leaves((self.state.parameters, self.state.optimizer)):
                 leaf.delete()
             self.state, self.saved = _restored(self.program, self.store, target, None), target
+            # Only now, so that a target that cannot be read costs none of the others.
+            if distributed.is_first():
+                self.store.discard_after(target)
             self.rollbacks.add(trouble, target)
             if self.writer is not None:
                 self.rollbacks.write(directory)

@@ -46,15 +46,24 @@ def test_a_pod_ends_with_what_the_jobset_needs_to_know(tmp_path, script, code):
 
 
 @pytest.mark.parametrize(
-    ("script", "requeued", "code"),
-    [(FINISHES, False, 0), (FAILS, False, 2), ("""echo '{"finished": false}' > "$RUN/summary.json"\n""", True, 0)],
-    ids=["finished", "failed", "stopped"],
+    ("script", "restarts", "requeued", "code"),
+    [
+        (FINISHES, {}, False, 0),
+        (FAILS, {}, False, 2),
+        ("""echo '{"finished": false}' > "$RUN/summary.json"\n""", {}, True, 0),
+        ("exit 137\n", {}, True, 137),  # Killed before it wrote any summary.
+        (f"{FINISHES}exit 1\n", {}, False, 1),
+        ("exit 137\n", {"SLURM_RESTART_COUNT": "49"}, True, 137),
+        ("exit 137\n", {"SLURM_RESTART_COUNT": "50"}, False, 137),
+        ("exit 137\n", {"SLURM_RESTART_COUNT": "3", "MAX_RESTARTS": "3"}, False, 137),
+    ],
+    ids=["finished", "failed", "stopped", "crashed", "finished and then crashed", "last try", "too often", "own limit"],
 )
-def test_slurm_queues_an_unfinished_run_again(tmp_path, script, requeued, code):
+def test_slurm_queues_an_unfinished_run_again(tmp_path, script, restarts, requeued, code):
     stand_in(tmp_path, "srun", 'echo "$@" > "$RUN/command"\n' + script)
     stand_in(tmp_path, "scontrol", 'echo "$@" > "$RUN/requeued"\n')
     command = ["bash", str(LAUNCH / "train.sbatch"), "--config", "configs/my recipe.py"]
-    assert subprocess.run(command, env=environment(tmp_path, SLURM_JOB_ID="17")).returncode == code
+    assert subprocess.run(command, env=environment(tmp_path, SLURM_JOB_ID="17", **restarts)).returncode == code
     assert f"--run-directory {tmp_path} --resume --config configs/my recipe.py" in (tmp_path / "command").read_text()
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the run saves, says how to go on, exits with 0, and the resumed run is the same run."""
 
+import os
 import re
 import shlex
 import signal
@@ -110,7 +111,7 @@ def test_a_second_signal_while_it_saves_ends_it_and_tears_nothing(scripts, refer
     stop_when(process, lambda: any((run / "checkpoints").glob(UNFINISHED)))
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)
-    finish(process, -signal.SIGTERM)
+    finish(process, 130)
     assert not any(path.name.isdecimal() and int(path.name) > 8 for path in (run / "checkpoints").iterdir())
     scripts.run("train", "--resume")
     assert_same_run(run, reference)
@@ -124,6 +125,29 @@ def test_a_run_that_cannot_end_in_time_is_ended(scripts):
     wait_until(process, lambda: len(steps(run / "metrics.jsonl")) >= 3)
     process.send_signal(signal.SIGTERM)
     assert "ended by force: 1 s after SIGTERM the state was still not saved" in finish(process, 130).stderr
+
+
+IN_C_CODE = """
+import hashlib
+from prosparse_jax.training.interrupt import StopRequest
+with StopRequest(1000) as stop:
+    stop.ready()
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # Many minutes, in which no Python code runs.
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_second_signal_ends_what_never_comes_back_to_python(number):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", IN_C_CODE]
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    time.sleep(0.5)  # The kernel merges two that are there at once.
+    assert process.poll() is None
+    process.send_signal(number)
+    assert finish(process, 130).stderr.strip() == "interrupted"
 
 
 def hang(scripts: Scripts) -> str:

@@ -22,10 +22,10 @@ from prosparse_jax.config import (
     SurvivalConfig,
     TrainingConfig,
 )
-from prosparse_jax.errors import OutOfMemoryError, TroubleError
+from prosparse_jax.errors import CheckpointError, OutOfMemoryError, TroubleError
 from prosparse_jax.observe.goodput import KINDS
 from prosparse_jax.observe.profiler import explaining_out_of_memory
-from prosparse_jax.training import inputs
+from prosparse_jax.training import inputs, trainer
 from prosparse_jax.training.survival import Health, LoaderWatch, Rollbacks, Trouble
 from prosparse_jax.training.trainer import train
 from tests.processes import assert_same_run, lines, write_text
@@ -67,8 +67,41 @@ def test_a_resumed_run_judges_like_one_that_was_not_stopped():
     losses = [3.0 + 0.01 * (i % 7) for i in range(30)]
     whole = Health(SETTINGS, 0, 0)
     observe_all(whole, losses)
-    resumed = Health(SETTINGS, 30, 0, losses)
+    resumed = Health(SETTINGS, 30, 0, records(losses))
     assert whole.observe(31, 4.0, 0) == resumed.observe(31, 4.0, 0) != None  # noqa: E711
+
+
+def records(losses, skipped=lambda step: 0):
+    """Lines of metrics.jsonl, where a loss that is no number is null."""
+    return [
+        {"step": step, "loss": loss if np.isfinite(loss) else None, "skipped_updates": skipped(step)}
+        for step, loss in enumerate(losses, start=1)
+    ]
+
+
+@pytest.mark.parametrize("stop", range(31))
+def test_a_run_resumed_in_the_middle_of_trouble_judges_like_one_that_was_not_stopped(stop):
+    """A spike of three lines, a streak of bad updates long enough to be trouble, and a loss that overflows."""
+    losses = [3.0 + 0.01 * (i % 7) for i in range(30)]
+    losses[14:17] = 5.0, 5.1, 5.2
+    losses[20:25] = [np.nan] * 5
+    losses[27] = np.inf
+
+    def skipped(step):
+        return min(max(step - 20, 0), 5)
+
+    whole = Health(SETTINGS, 0, 0)
+    expected = observe_all(whole, losses, skipped=skipped)
+    assert [(step, trouble.kind) for step, trouble in expected.items()] == [
+        (15, "spike"), (23, "bad updates"), (24, "bad updates"), (25, "bad updates"),
+    ]  # fmt: skip
+    assert expected[23].healthy_step == 20
+    resumed = Health(SETTINGS, stop, skipped(stop), records(losses[:stop], skipped))
+    found = {}
+    for step in range(stop + 1, 31):
+        if trouble := resumed.observe(step, losses[step - 1], skipped(step)):
+            found[step] = trouble
+    assert found == {step: trouble for step, trouble in expected.items() if step > stop}
 
 
 def test_bad_updates_in_a_row_are_counted_over_log_lines():
@@ -113,6 +146,24 @@ def test_a_hung_loader_is_named():
     assert len(said) == 1
     assert "the loader reads my/text.jsonl" in said[0]
     assert "threading.py" in said[0]  # Where it hangs: Event.wait.
+
+
+def test_the_threads_that_read_ahead_are_named_too():
+    """With data.prefetch it is they that hang: the loop only waits for them."""
+    told, said = threading.Event(), []
+
+    def say(text):
+        said.append(text)
+        told.set()
+
+    def hangs_on_disk():
+        told.wait(30)
+
+    reading = threading.Thread(target=hangs_on_disk, name="grain-prefetch_0")
+    with LoaderWatch(0.05, "my/text.jsonl", say) as watch, watch.waiting():
+        reading.start()
+        reading.join()
+    assert "; grain-prefetch_0 is in wait, " in said[0]
 
 
 def tiny(tmp_path, name: str, **survival) -> Config:
@@ -190,6 +241,63 @@ def test_rollback_is_the_run_that_never_read_the_batches(tmp_path, monkeypatch, 
     reference = train(tiny(tmp_path, "reference"), console=Console(quiet=True))
     assert_same_run(result.directory, reference.directory)
     assert [line["step"] for line in lines(result.directory / "metrics.jsonl")] == list(range(1, 21))
+
+
+def test_rollback_goes_to_a_sound_checkpoint_and_damaged_ones_alone_are_no_empty_run(tmp_path, loader):
+    checkpoints = tmp_path / "rolled" / "checkpoints"
+
+    def change(number, take):
+        if number == 12:
+            deadline = time.monotonic() + 60
+            while not (checkpoints / "8" / "manifest.json").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            (checkpoints / "8" / "manifest.json").write_text("{}")
+        return poisoned(take()) if number in (10, 11, 12) else take()
+
+    loader(change)
+    out = Console(record=True, file=io.StringIO(), width=200)
+    config = tiny(tmp_path, "rolled", on_trouble="rollback")
+    train(config, console=out)
+    assert "back to the checkpoint of step 4; the 8 batches since then are skipped" in out.export_text()
+    assert [line["step"] for line in lines(tmp_path / "rolled" / "metrics.jsonl")] == list(range(1, 21))
+
+    for path in checkpoints.glob("*/manifest.json"):
+        path.write_text("{}")
+    record = (tmp_path / "rolled" / "metrics.jsonl").read_bytes()
+    for resume in (True, True, False):
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+            train(config, resume=resume, console=Console(quiet=True))
+    assert (tmp_path / "rolled" / "metrics.jsonl").read_bytes() == record
+
+
+def test_the_host_is_one_step_ahead_of_the_devices(tmp_path, monkeypatch):
+    """Before a step is dispatched, that before the last has been waited for, though no line is logged."""
+    waited, results = [], []
+    block, compile_step = jax.block_until_ready, trainer._Loop._compile
+
+    def block_until_ready(tree):
+        waited.append(tree)
+        return block(tree)
+
+    def compile_spied(loop):
+        compiled = compile_step(loop)
+
+        def dispatch(state, batch):
+            assert all(any(result is one for one in waited) for result in results[:-1])
+            state, metrics = compiled(state, batch)
+            results.append(metrics.tokens)
+            return state, metrics
+
+        return dispatch
+
+    monkeypatch.setattr(jax, "block_until_ready", block_until_ready)
+    monkeypatch.setattr(trainer._Loop, "_compile", compile_spied)
+    config = tiny(tmp_path, "ahead")
+    train(
+        dataclasses.replace(config, logging=dataclasses.replace(config.logging, every=100)), console=Console(quiet=True)
+    )
+    assert len(results) == 20
 
 
 def test_bad_updates_stop_the_run_with_their_batches(tmp_path, loader):
