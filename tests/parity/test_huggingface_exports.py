@@ -206,9 +206,8 @@ def test_a_run_on_8_devices_is_exported_as_transformers_would_save_it(tmp_path):
     model = dataclasses.replace(hf.BASE, vocab_size=264, **activation("relu"))
     config = dataclasses.replace(SMALL, model=model, mesh=MeshConfig(fsdp=8))
     program = build_program(config, jax.devices())
-    iterator = training_iterator(
-        [token_source(np.zeros(100, np.uint16))], DataConfig(), sequence_length=8, batch_size=4, seed=0
-    )
+    source = token_source(np.zeros(100, np.uint16))
+    iterator = training_iterator([source], DataConfig(), sequence_length=8, batch_size=4, seed=0)
     with CheckpointStore(tmp_path / "run" / "checkpoints", keep=2) as store:
         for step in (3, 10):
             weights = huggingface.weights_of(model, huggingface.random_model(model, seed=step))
