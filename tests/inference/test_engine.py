@@ -6,6 +6,7 @@ logit is the end of some 20 of them, which are as often up as down.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -115,8 +116,11 @@ def test_bfloat16_is_close_to_float32():
     tokens = np.random.default_rng(0).integers(0, SMALL.model.vocab_size, (2, 8)).astype(np.int32)
     for dtype in (jnp.float32, jnp.bfloat16):
         engine = Engine(held, compute_dtype=dtype)
-        _, cache, _ = engine.decoder.prefill(engine.weights, tokens, np.array([8, 5], np.int32), 16)
-        found, *_ = engine.decoder.advance(engine.weights, cache, tokens[:, 0], "xla_gather")
+        prefill, advance = (
+            jax.jit(step, static_argnums=3) for step in (engine.decoder.prefill, engine.decoder.advance)
+        )
+        _, cache, _ = prefill(engine.weights, tokens, np.array([8, 5], np.int32), 16)
+        found, *_ = advance(engine.weights, cache, tokens[:, 0], "xla_gather")
         assert found.dtype == jnp.float32
         logits[dtype] = np.asarray(found)
     expected = logits[jnp.float32]
