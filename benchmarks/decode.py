@@ -22,14 +22,12 @@ spin while they wait, as by default, and with threads that sleep; compare with t
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -361,16 +359,11 @@ def main() -> None:
 
     from prosparse_jax.interop.sources import open_source
     from prosparse_jax.observe.files import write_json_atomic
+    from prosparse_jax.observe.provenance import provenance
     from prosparse_jax.runtime import prepare_runtime
 
     prepare_runtime()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True)
-    record: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "commit": commit.stdout.strip(),
-        "versions": {name: version(name) for name in ("jax", "transformers")},
-    }
+    record = {"device": jax.devices()[0].device_kind, **provenance("jax", "transformers")}
     if arguments.model:
         record["beside_transformers"] = {
             name: beside_transformers(arguments.model, arguments.tokens, arguments.rounds, environment)

@@ -9,7 +9,6 @@ goes on in other numbers. Minutes on two cores.
 
 import argparse
 import os
-import platform
 import random
 import shutil
 import signal
@@ -18,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +173,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from prosparse_jax.observe.files import write_json_atomic
+    from prosparse_jax.observe.provenance import provenance
 
     directory = arguments.directory.absolute()
     shutil.rmtree(directory, ignore_errors=True)
@@ -186,12 +185,7 @@ def main() -> None:
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("jax", "orbax-checkpoint", "grain", "numpy")},
+        **provenance("jax", "orbax-checkpoint", "grain", "numpy"),
         "checkpoint_every": EVERY,
         "seed": arguments.seed,
         "faults": one_process(directory, arguments.tries, arguments.seed, environment),

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import itertools
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +32,8 @@ from pallas_kernels.gate_up import gate_up
 from pallas_kernels.shapes import LARGEST_BATCH, ffn_bytes
 from prosparse_jax.errors import ConfigError, run_script
 from prosparse_jax.observe.files import write_json_atomic
-from prosparse_jax.observe.profiling import processor_name, read_pattern
+from prosparse_jax.observe.profiling import read_pattern
+from prosparse_jax.observe.provenance import commit, processor_name
 from prosparse_jax.runtime import prepare_runtime
 
 BATCHES = (1, 2, 4, 8, 16)
@@ -65,7 +65,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind if on_gpu else f"{processor_name()}, CPU",
         "toy": arguments.toy,
         "command": " ".join(sys.argv),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "versions": {"jax": jax.__version__},
     }
@@ -92,13 +92,6 @@ def main() -> None:
     record["crossover"] = crossovers(record["sweep"])
     save()
     print(f"figures in {arguments.out}")
-
-
-def _commit() -> str:
-    """Of this folder's repository, with + where files differ from it; unknown outside one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    described = subprocess.run([*git, "describe", "--always", "--dirty=+"], capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
 
 
 def ceilings(size: int) -> dict[str, float]:

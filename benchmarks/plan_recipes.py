@@ -9,7 +9,6 @@ benchmarks/results/plan-NAME.json. The tables are of all files there.
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,12 +40,6 @@ TARGETS = {
     "7b-most": Target("prosparse_7b", overrides=("--training.remat=most",)),
     "7b-most-latency-hiding": Target("prosparse_7b", overrides=("--training.remat=most",), flags=LATENCY_HIDING),
 }
-
-
-def _commit() -> str:
-    """The commit that was planned with, marked when files differ from it."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _row(*cells: object) -> str:
@@ -121,6 +114,7 @@ def _plan(name: str, *, searching: bool) -> dict[str, Any]:
     from rich.console import Console
 
     from prosparse_jax.config_io import load_config
+    from prosparse_jax.observe.provenance import commit
     from prosparse_jax.plan.commands import plan_run
 
     target = TARGETS[name]
@@ -128,7 +122,7 @@ def _plan(name: str, *, searching: bool) -> dict[str, Any]:
     os.environ["XLA_FLAGS"] = target.flags
     facts = {
         "what": "plan, compiled without a GPU",
-        "commit": _commit(),
+        "commit": commit(),
         "command": f"python benchmarks/plan_recipes.py --only {name}" + (" --search" if searching else ""),
         "overrides": target.overrides,
         "xla_flags": target.flags,

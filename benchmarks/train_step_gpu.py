@@ -17,13 +17,11 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +91,19 @@ def _config(variant: Variant) -> Any:
     return c.Config(name="benchmark", model=model, training=training, sparsity=sparsity)
 
 
+def _batch(config: Any) -> dict[str, Any]:
+    """Random tokens of one step, all real."""
+    import numpy as np
+
+    shape = (config.training.sequences_per_step, config.training.sequence_length)
+    inputs, targets = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, *shape)).astype(np.int32)
+    everywhere, source = np.ones(shape, np.float32), np.zeros(shape[:1], np.int32)
+    return {"inputs": inputs, "targets": targets, "mask": everywhere, "loss_mask": everywhere, "source": source}
+
+
 def _measure(variant: Variant, steps: int) -> dict[str, Any]:
     """Compiles and runs one variant on the first device of this process."""
     import jax
-    import numpy as np
 
     from prosparse_jax.observe.flops import model_flops_per_token, peak_flops
     from prosparse_jax.runtime import prepare_runtime
@@ -110,20 +117,7 @@ def _measure(variant: Variant, steps: int) -> dict[str, Any]:
     peak = peak_flops(device)
     program = build_program(_config(variant), [device])
     training = program.config.training
-    tokens = np.random.default_rng(0).integers(
-        0, program.config.model.vocab_size, (2, variant.batch, training.sequence_length)
-    )
-    inputs, targets = tokens.astype(np.int32)
-    everywhere = np.ones(inputs.shape, np.float32)
-    batch = program.place_step_batch(
-        {
-            "inputs": inputs,
-            "targets": targets,
-            "mask": everywhere,
-            "loss_mask": everywhere,
-            "source": np.zeros(len(inputs), np.int32),
-        }
-    )
+    batch = program.place_step_batch(_batch(program.config))
     with jax.set_mesh(program.mesh):
         parameters = initial_parameters(program.config, program.options)
         make = jax.jit(lambda p: initial_state(p, program.transformation, program.config.seed), donate_argnums=0)
@@ -139,7 +133,7 @@ def _measure(variant: Variant, steps: int) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
     memory, seconds = compiled.memory_analysis(), seconds[WARM_UP:]
     assert memory is not None
-    rate = inputs.size / statistics.median(seconds)
+    rate = variant.batch * training.sequence_length / statistics.median(seconds)
 
     def share(causal: bool) -> float:
         flops = model_flops_per_token(program.config.model, training.sequence_length, causal=causal)
@@ -227,19 +221,13 @@ class Sweep:
         return best
 
 
-def _commit() -> str:
-    """The commit that was measured, marked when files differ from it."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def _record(out: Path | None) -> dict[str, Any]:
     """What an earlier run of the same commit left in `out`, or an empty record."""
+    from prosparse_jax.observe.provenance import provenance
+
     new = {
         "what": "training step on one device, settings compared",
-        "commit": _commit(),
-        "command": "python benchmarks/train_step_gpu.py " + " ".join(sys.argv[1:]),
-        "versions": {name: version(name) for name in ("jax", "flax", "optax")} | {"python": platform.python_version()},
+        **provenance("jax", "flax", "optax"),
         "variants": {},
     }
     if out and out.exists():

@@ -332,13 +332,14 @@ def _place(path: str) -> str:
 def _claimed(directory: Path) -> Iterator[None]:
     """Keeps a second process from writing the same directory; the claim ends with this one, however it dies."""
     with open(directory / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another process is preparing {directory}. Wait for it, or choose another --out."
-            ) from None
-        except OSError:
-            # Some network file systems have no such locks: there two writers are the user's business.
-            pass
+        # Some network file systems have no such locks: there two writers are the user's business.
+        with contextlib.suppress(OSError):
+            _lock(file.fileno(), directory)
         yield
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"another process is preparing {directory}. Wait for it, or choose another --out.") from None

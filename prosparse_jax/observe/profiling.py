@@ -22,6 +22,7 @@ from prosparse_jax.errors import ConfigError
 from prosparse_jax.observe import figures
 from prosparse_jax.observe.files import write_json_atomic
 from prosparse_jax.observe.progress import standard_console
+from prosparse_jax.observe.provenance import processor_name
 
 # Microseconds on an A100: dense, and ProSparse with its threshold shifted, of steps 2 and 3; paper, table 2.
 PAPER_US = {
@@ -201,16 +202,6 @@ def _record(
 
 def _in_us(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: 1e6 * value for name, value in seconds.items()}
-
-
-def processor_name() -> str:
-    """The name of the CPU, as far as the system tells."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _unit(record: dict[str, Any]) -> tuple[float, str]:
