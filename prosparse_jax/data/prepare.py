@@ -1,7 +1,6 @@
 """Tokenises sources into shards, and prepares whole directories of them: in parallel, and resumable after a kill."""
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -29,7 +28,7 @@ from prosparse_jax.data.shards import (
 from prosparse_jax.data.sources import Skipped, read_source, reading_settings, source_info, sources_of
 from prosparse_jax.data.tokenizer import PREPARED_TOKENIZER, TextTokenizer, load_tokenizer
 from prosparse_jax.errors import DataError
-from prosparse_jax.observe.files import atomic_directory, write_json_atomic
+from prosparse_jax.observe.files import atomic_directory, lock_or_refuse, write_json_atomic
 
 SHARD_TOKENS = 2**27
 """A shard ends with the batch of documents that reaches this many tokens."""
@@ -332,14 +331,6 @@ def _place(path: str) -> str:
 def _claimed(directory: Path) -> Iterator[None]:
     """Keeps a second process from writing the same directory; the claim ends with this one, however it dies."""
     with open(directory / ".lock", "w") as file:
-        # Some network file systems have no such locks: there two writers are the user's business.
-        with contextlib.suppress(OSError):
-            _lock(file.fileno(), directory)
+        told = f"another process is preparing {directory}. Wait for it, or choose another --out."
+        lock_or_refuse(file.fileno(), DataError(told))
         yield
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"another process is preparing {directory}. Wait for it, or choose another --out.") from None

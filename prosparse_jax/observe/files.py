@@ -51,20 +51,22 @@ def atomic_directory(path: Path, *, needed_bytes: int) -> Iterator[Path]:
 def _sole_writer(path: Path) -> Iterator[None]:
     lock = path.parent / f".{path.name}.lock"
     with lock.open("w") as file:
-        # Some network file systems have no such locks: there two writers are the user's business.
-        with contextlib.suppress(OSError):
-            _lock_or_refuse(file.fileno(), path)
+        told = f"another process is writing {path}; wait for it, or choose another directory"
+        lock_or_refuse(file.fileno(), CheckpointError(told))
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
 
 
-def _lock_or_refuse(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise CheckpointError(f"another process is writing {path}; wait for it, or choose another directory") from None
+def lock_or_refuse(descriptor: int, refusal: ValueError) -> None:
+    """Locks an open file or folder until it is closed; raises `refusal` where another process holds it."""
+    # Some network file systems have no such locks: there two writers are the user's business.
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refusal from None
 
 
 def _written(path: Path, needed_bytes: int) -> Iterator[Path]:

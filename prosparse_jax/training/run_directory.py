@@ -1,7 +1,6 @@
 """The directory that holds all of a run, and when an existing one may be used."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from prosparse_jax import checkpoint
 from prosparse_jax.config import Config
 from prosparse_jax.config_io import config_from_dict, config_to_dict
 from prosparse_jax.errors import ConfigError
+from prosparse_jax.observe.files import lock_or_refuse
 from prosparse_jax.parallel import distributed
 
 CHECKPOINTS = "checkpoints"
@@ -41,9 +41,8 @@ def claimed(directory: Path) -> Iterator[None]:
             [f"the run directory {directory} cannot be used: {error.strerror}; choose another --run-directory"]
         ) from error
     try:
-        # Some network file systems have no such locks: there the claim is the user's business.
-        with contextlib.suppress(OSError):
-            _lock(descriptor, directory)
+        told = f"another process is training in {directory}; wait for it, or choose another --run-directory or --name"
+        lock_or_refuse(descriptor, ConfigError([told]))
         yield
     except OSError as error:
         # A write that fails for lack of room does not say where it was.
@@ -51,15 +50,6 @@ def claimed(directory: Path) -> Iterator[None]:
         raise
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            [f"another process is training in {directory}; wait for it, or choose another --run-directory or --name"]
-        ) from None
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
