@@ -199,11 +199,15 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices: weights are sharded over `fsdp`, replicated over `data`; sequences are split over both."""
+    """Devices: weights are sharded over `fsdp` and `tensor`, replicated over `data`; sequences are split over `data` and
+    `fsdp`."""
 
     data: int = 1
     fsdp: int = -1
-    """-1: all devices that `data` leaves."""
+    """-1: all devices that the others leave."""
+    tensor: int = 1
+    """Devices that share sequences, each with some heads and neurons of every layer and some of the tokens between
+    layers. For more devices than sequences; costs communication (docs/plan.md)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -157,11 +157,16 @@ def processes_problems(config: Config, device_count: int, process_count: int) ->
     if process_count == 1:
         return []
     found = []
-    data, fsdp = mesh_shape(config.mesh, device_count)
-    if data * fsdp != device_count:
+    shape = mesh_shape(config.mesh, device_count)
+    if (used := math.prod(shape)) != device_count:
         found.append(
-            f"mesh.data={data} x mesh.fsdp={fsdp} uses {data * fsdp} of the {device_count} devices of {process_count} "
-            "processes; with several processes the mesh must hold all devices (mesh.fsdp=-1), or start fewer processes"
+            f"{_mesh_text(*shape)} uses {used} of the {device_count} devices of {process_count} processes; with several "
+            "processes the mesh must hold all devices (mesh.fsdp=-1), or start fewer processes"
+        )
+    if (own := device_count // process_count) % config.mesh.tensor:
+        found.append(
+            f"mesh.tensor={config.mesh.tensor} does not divide the {own} devices of a process: devices that share "
+            "sequences must be of one process, which reads them"
         )
     micro_batch = config.training.sequences_per_step // max(config.training.microbatches, 1)
     if micro_batch % process_count:
@@ -226,33 +231,57 @@ def _source(source: SourceConfig) -> Iterator[str]:
 
 
 def _mesh(config: Config, device_count: int) -> Iterator[str]:
-    mesh, model, training = config.mesh, config.model, config.training
-    if mesh.data < 1 or (mesh.fsdp < 1 and mesh.fsdp != -1):
-        yield f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}: sizes are at least 1 (fsdp=-1 takes all that remain)"
+    mesh, training = config.mesh, config.training
+    if mesh.data < 1 or mesh.tensor < 1 or (mesh.fsdp < 1 and mesh.fsdp != -1):
+        yield (
+            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}: sizes are at least 1 (fsdp=-1 takes "
+            "all that remain)"
+        )
         return
-    data, fsdp = mesh_shape(mesh, device_count)
-    if data * fsdp > device_count or fsdp < 1:
-        yield f"mesh.data={data} x mesh.fsdp={max(fsdp, 1)} needs {data * max(fsdp, 1)} devices; there are {device_count}"
+    data, fsdp, tensor = shape = mesh_shape(mesh, device_count)
+    if math.prod(shape) > device_count or fsdp < 1:
+        needed = data * max(fsdp, 1) * tensor
+        yield f"{_mesh_text(data, max(fsdp, 1), tensor)} needs {needed} devices; there are {device_count}"
         return
-    if mesh.fsdp == -1 and device_count % data:
-        yield f"mesh.data={data} does not divide the {device_count} devices; set mesh.fsdp to use fewer"
+    if mesh.fsdp == -1 and device_count % (data * tensor):
+        yield (
+            f"{_mesh_text(data, None, tensor)} does not divide the {device_count} devices; set mesh.fsdp to use fewer"
+        )
     micro_batch = training.sequences_per_step // max(training.microbatches, 1)
     if micro_batch % (data * fsdp):
+        shared = f" (the {tensor} devices of mesh.tensor share sequences)" if tensor > 1 else ""
         yield (
             f"a micro-batch of {micro_batch} sequences (training.sequences_per_step={training.sequences_per_step} / "
             f"training.microbatches={training.microbatches}) does not split over {data * fsdp} devices "
-            f"(mesh.data={data} x mesh.fsdp={fsdp}); make it a multiple of {data * fsdp}"
+            f"({_mesh_text(data, fsdp, 1)}){shared}; make it a multiple of {data * fsdp}"
         )
-    widths = {
+    yield from _mesh_widths(config, fsdp, tensor)
+
+
+def _mesh_text(data: int, fsdp: int | None, tensor: int) -> str:
+    parts = [f"mesh.data={data}", *([] if fsdp is None else [f"mesh.fsdp={fsdp}"])]
+    return " x ".join([*parts, *([f"mesh.tensor={tensor}"] if tensor > 1 else [])])
+
+
+def _mesh_widths(config: Config, fsdp: int, tensor: int) -> Iterator[str]:
+    """What has to be a multiple of the axes that split it (parallel/sharding.py)."""
+    model = config.model
+    split = _mesh_text(1, fsdp, tensor).removeprefix("mesh.data=1 x ")
+    rows = {
         "model.vocab_size": model.vocab_size,
-        "model.d_model": model.d_model,
         "model.ffn_width": model.ffn_width,
         "model.num_query_heads * head_width": model.num_query_heads * model.head_width,
         "model.num_kv_heads * head_width": model.num_kv_heads * model.head_width,
     }
-    for name, width in widths.items():
-        if width % fsdp:
-            yield f"{name}={width} does not split over mesh.fsdp={fsdp} devices"
+    for name, width in rows.items():
+        if width % (fsdp * tensor):
+            yield f"{name}={width} does not split over {split} devices"
+    if model.d_model % fsdp:
+        yield f"model.d_model={model.d_model} does not split over mesh.fsdp={fsdp} devices"
+    whole = {"model.num_kv_heads": model.num_kv_heads, "training.sequence_length": config.training.sequence_length}
+    for name, count in whole.items():
+        if count % tensor:
+            yield f"{name}={count} does not split over mesh.tensor={tensor} devices"
 
 
 def model_problems(model: ModelConfig) -> list[str]:

@@ -21,11 +21,11 @@ from prosparse_jax.parallel.mesh import make_mesh
 
 @pytest.fixture
 def mesh():
-    """mesh(fsdp=1, data=1): makes a mesh of that many fake devices the current one until the test ends."""
+    """mesh(fsdp=1, data=1, tensor=1): makes a mesh of that many fake devices the current one until the test ends."""
     with contextlib.ExitStack() as stack:
 
-        def enter(fsdp: int = 1, data: int = 1) -> jax.sharding.Mesh:
-            made = make_mesh(MeshConfig(data=data, fsdp=fsdp))
+        def enter(fsdp: int = 1, data: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+            made = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
             stack.enter_context(jax.set_mesh(made))
             return made
 

@@ -107,7 +107,7 @@ def forward(
 @functools.cache
 def compiled_step(config: Config) -> tuple[Program, jax.stages.Compiled]:
     """The program of `config` on as many fake devices as its mesh says, and its compiled training step."""
-    program = build_program(config, jax.devices()[: config.mesh.data * config.mesh.fsdp])
+    program = build_program(config, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
     return program, program.lower_train_step().compile(compiler_options=FAST_COMPILE)
 
 
@@ -158,5 +158,5 @@ def run_steps(config: Config, batches: list[dict[str, np.ndarray]], weights: Any
 
 def model_weights(config: Config, seed: int = 0) -> Any:
     """Host weights of the model of `config`, the same on any mesh."""
-    program = build_program(config, jax.devices()[: config.mesh.data * config.mesh.fsdp])
+    program = build_program(config, jax.devices()[: config.mesh.data * config.mesh.fsdp * config.mesh.tensor])
     return random_weights(program.abstract_parameters, seed)

@@ -126,12 +126,12 @@ def sweep_thresholds(
     tokens = prepare_tokens(config.data, tokenizer_from_files(source.assets, str(source.location)))
     length = config.training.sequence_length
     # A checkpoint may come from more devices, and then a whole micro-batch would not fit here.
-    per_device = min(max(1, TOKENS_PER_DEVICE // length), program.micro_batch // program.mesh.size)
+    per_device = min(max(1, TOKENS_PER_DEVICE // length), program.micro_batch // program.batch_shards)
     by_source = validation_batches(
         tokens,
         config.data,
         sequence_length=length,
-        batch_size=per_device * program.mesh.size,
+        batch_size=per_device * program.batch_shards,
         sequences=sequences,
     )
     ordered = sorted({0.0, *thresholds})

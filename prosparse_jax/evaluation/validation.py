@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from prosparse_jax.config import ModelConfig
@@ -81,7 +82,8 @@ def make_validate(model_config: ModelConfig, graphdef: nnx.GraphDef, sources: in
         active_L, neuron_LF = jnp.zeros(shape_LF[:1]), jnp.zeros(shape_LF)
         if statistics is not None:
             active_L = jnp.sum(statistics.active_count_B, axis=-1)
-            neuron_LF = jnp.sum(statistics.neuron_count_BF, axis=1)
+            # Whole on every device, so that every process has it.
+            neuron_LF = jax.sharding.reshard(jnp.sum(statistics.neuron_count_BF, axis=1), PartitionSpec())
         return jnp.sum(loss_B), active_L, neuron_LF, sums_by_source(batch, loss_B, statistics, sources)
 
     @jax.jit

@@ -21,9 +21,8 @@ from pallas_kernels.api import Implementation, sparse_ffn_counted
 from prosparse_jax.activations import ACTIVATIONS
 from prosparse_jax.config import ModelConfig
 from prosparse_jax.interop.weights import LAYER_PREFIX, parameter_shapes
-from prosparse_jax.model.attention import causal_attention
+from prosparse_jax.model.attention import device_attention
 from prosparse_jax.model.rope import rotary_tables, rotate
-from prosparse_jax.parallel.sharding import ShardingRules
 
 SKIPPING = ("relu", "fatrelu")
 """Activations whose inactive neurons `sparse_ffn` can tell by a threshold."""
@@ -134,7 +133,7 @@ class Decoder:
 
         # Padding comes after the real tokens, which therefore never see it; new tokens overwrite it in the cache.
         def attend(_: int, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> tuple[jax.Array, LayerCache]:
-            context = causal_attention(q_BTNH, k_BTKH, v_BTKH, implementation="xla", sharding=ShardingRules())
+            context = device_attention(q_BTNH, k_BTKH, v_BTKH, implementation="xla")
             keys, values = (jnp.pad(jnp.swapaxes(each, 1, 2), room) for each in (k_BTKH, v_BTKH))
             return context, LayerCache(keys, values)
 

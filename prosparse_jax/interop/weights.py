@@ -123,7 +123,7 @@ def load_sharded(source: WeightSource, abstract: Any) -> Any:
 
     Args:
         source: Where the weights are.
-        abstract: Nested dict of jax.ShapeDtypeStruct with shardings that split rows or nothing. It may leave out
+        abstract: Nested dict of jax.ShapeDtypeStruct with shardings of any kind. It may leave out
             parameters that the source has.
 
     Returns:
@@ -135,8 +135,9 @@ def load_sharded(source: WeightSource, abstract: Any) -> Any:
     def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
 
-        def read(layer: int | None, rows: slice) -> np.ndarray:
-            values = source.read(name, layer, rows)
+        def read(layer: int | None, rows: slice, columns: tuple[slice, ...]) -> np.ndarray:
+            # Files hold whole rows: columns are taken out of them.
+            values = source.read(name, layer, rows)[:, *columns]
             if count := count_not_finite(values):
                 key = name if layer is None else f"{name} (layer {layer})"
                 counts[key] = counts.get(key, 0) + count
@@ -147,9 +148,9 @@ def load_sharded(source: WeightSource, abstract: Any) -> Any:
             held = np.empty([stop - start for start, stop in bounds], leaf.dtype)
             if name.startswith(LAYER_PREFIX):
                 for position, layer in enumerate(range(*bounds[0])):
-                    held[position] = read(layer, _rows(bounds[1], leaf.shape[1]))
+                    held[position] = read(layer, _rows(bounds[1], leaf.shape[1]), index[2:])
             else:
-                held[...] = read(None, _rows(bounds[0], leaf.shape[0]))
+                held[...] = read(None, _rows(bounds[0], leaf.shape[0]), index[1:])
             return held
 
         places: Any = leaf.sharding.addressable_devices_indices_map(leaf.shape)

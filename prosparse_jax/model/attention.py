@@ -88,6 +88,21 @@ def _xla_attention(
     return jnp.concatenate([early_BTNH, late_BTNH], axis=1)
 
 
+def device_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"] | None = None,
+    *,
+    implementation: str,
+) -> Float[Array, "B T N H"]:
+    """`causal_attention` of one device's sequences and heads."""
+    if implementation == "xla":
+        return _xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+    assert segments_BT is None, "choose_attention refuses cuDNN with document masks"
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+
+
 def causal_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
@@ -100,16 +115,12 @@ def causal_attention(
     """softmax(q k^T / sqrt(H)) v with a causal mask; N is a multiple of K (grouped-query attention).
 
     With `segments_BT` a token sees only those before it that have its own number. `implementation` is "xla" or "cudnn",
-    as `choose_attention` resolved it: cuDNN takes no segments. cuDNN runs under shard_map: on an explicit mesh its
-    outputs would otherwise be typed as replicated, and every device would gather the whole batch.
+    as `choose_attention` resolved it: cuDNN takes no segments. Each device computes its own sequences and heads under
+    shard_map: on an explicit mesh cuDNN's outputs would be typed as replicated, so that every device would gather the
+    whole batch, and heads that are split could not be grouped.
     """
-
-    if implementation == "xla":
-        return _xla_attention(q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    assert segments_BT is None, "choose_attention refuses cuDNN with document masks"
-
-    def attend(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-
-    spec = sharding.activation(4)
-    return jax.shard_map(attend, in_specs=(spec, spec, spec), out_specs=spec)(q_BTNH, k_BTKH, v_BTKH)
+    heads, sequences = sharding.features(4), sharding.sequences(2)
+    attend = functools.partial(device_attention, implementation=implementation)
+    return jax.shard_map(attend, in_specs=(heads, heads, heads, sequences), out_specs=heads)(
+        q_BTNH, k_BTKH, v_BTKH, segments_BT
+    )

@@ -23,6 +23,16 @@ def _keeps_attention(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
+def _keeps_products(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    """Matrix products without batch dimensions; of those that a tensor group sums, the sum: a loop cannot stack the
+    summands."""
+    sharding = parameters.get("out_sharding")
+    if sharding is not None and sharding.spec.unreduced:
+        return False
+    is_sum = primitive.name == "reshard" and bool(operands[0].sharding.spec.unreduced)
+    return is_sum or _policies.dots_with_no_batch_dims_saveable(primitive, *operands, **parameters)
+
+
 def _attention_and(*names: str) -> Callable[..., Any]:
     return _policies.save_from_both_policies(_keeps_attention, _policies.save_only_these_names(*names))
 
@@ -32,7 +42,7 @@ POLICIES: dict[Remat, Callable[..., Any]] = {
     "attention": _keeps_attention,
     "attention_gate": _attention_and(GATE),
     "most": _attention_and(QKV, MIDDLE, GATE, UP),
-    "dots": _policies.save_from_both_policies(_keeps_attention, _policies.dots_with_no_batch_dims_saveable),
+    "dots": _policies.save_from_both_policies(_keeps_attention, _keeps_products),
 }
 
 

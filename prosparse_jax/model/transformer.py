@@ -18,7 +18,7 @@ from prosparse_jax.config import ModelConfig, Remat
 from prosparse_jax.model.attention import Documents, causal_attention
 from prosparse_jax.model.remat import GATE, MIDDLE, QKV, UP, checkpoint_name, recompute, rematerialise
 from prosparse_jax.model.rope import rotary_tables, rotate
-from prosparse_jax.parallel.sharding import ShardingRules
+from prosparse_jax.parallel.sharding import ShardingRules, Split
 from prosparse_jax.sparsity.stats import FFNStatistics, ffn_statistics
 
 EMBEDDING_STD = 0.02
@@ -34,9 +34,11 @@ class RunOptions(NamedTuple):
     sharding: ShardingRules = ShardingRules()
 
 
-def _matrix(rngs: nnx.Rngs, rows: int, columns: int, options: RunOptions, std: float) -> nnx.Param:
+def _matrix(
+    rngs: nnx.Rngs, rows: int, columns: int, options: RunOptions, std: float, split: Split = "rows"
+) -> nnx.Param:
     init = jax.nn.initializers.normal(std)
-    return nnx.Param(init(rngs.params(), (rows, columns), jnp.float32, out_sharding=options.sharding.matrix()))
+    return nnx.Param(init(rngs.params(), (rows, columns), jnp.float32, out_sharding=options.sharding.matrix(split)))
 
 
 class RMSNorm(nnx.Module):
@@ -68,21 +70,22 @@ class Attention(nnx.Module):
         self.query = _matrix(rngs, query_width, model.d_model, options, std)
         self.key = _matrix(rngs, kv_width, model.d_model, options, std)
         self.value = _matrix(rngs, kv_width, model.d_model, options, std)
-        self.output = _matrix(rngs, model.d_model, query_width, options, output_std)
+        self.output = _matrix(rngs, model.d_model, query_width, options, output_std, "columns")
 
     def __call__(self, x_BTD: Float[Array, "B T D"], documents: Documents | None) -> Float[Array, "B T D"]:
         model, sharding = self.model, self.options.sharding
         batch, length, _ = x_BTD.shape
+        x_BTD = sharding.gather_tokens(x_BTD)
 
         def heads(weight: nnx.Param, count: int) -> Float[Array, "B T heads H"]:
-            whole_ED = sharding.gather(weight[...], x_BTD.dtype)
-            projected = jnp.einsum("btd,ed->bte", x_BTD, whole_ED, out_sharding=sharding.activation(3))
-            return projected.reshape(batch, length, count, model.head_width, out_sharding=sharding.activation(4))
+            weight_ED = sharding.gather(weight[...], x_BTD.dtype, "rows")
+            projected = jnp.einsum("btd,ed->bte", x_BTD, weight_ED, out_sharding=sharding.features(3))
+            return projected.reshape(batch, length, count, model.head_width, out_sharding=sharding.features(4))
 
         cosine, sine = map(jnp.asarray, rotary_tables(model, length))
         segments_BT = None
         if documents is not None:
-            segments_BT, spec = documents.segments, sharding.activation(3)
+            segments_BT, spec = documents.segments, sharding.sequences(3)
             cosine, sine = (table.at[documents.positions].get(out_sharding=spec) for table in (cosine, sine))
         q_BTNH = checkpoint_name(rotate(heads(self.query, model.num_query_heads), cosine, sine), QKV)
         k_BTKH = checkpoint_name(rotate(heads(self.key, model.num_kv_heads), cosine, sine), QKV)
@@ -95,9 +98,9 @@ class Attention(nnx.Module):
             sharding=sharding,
             segments_BT=segments_BT,
         )
-        context_BTE = context_BTNH.reshape(batch, length, -1, out_sharding=sharding.activation(3))
-        output_DE = sharding.gather(self.output[...], x_BTD.dtype)
-        return jnp.einsum("bte,de->btd", context_BTE, output_DE, out_sharding=sharding.activation(3))
+        context_BTE = context_BTNH.reshape(batch, length, -1, out_sharding=sharding.features(3))
+        output_DE = sharding.gather(self.output[...], x_BTD.dtype, "columns")
+        return sharding.scatter_tokens(jnp.einsum("bte,de->btd", context_BTE, output_DE, out_sharding=sharding.partial))
 
 
 class GatedFFN(nnx.Module):
@@ -121,10 +124,11 @@ class GatedFFN(nnx.Module):
         count_neurons: bool,
     ) -> tuple[Float[Array, "B T D"], FFNStatistics]:
         sharding = self.options.sharding
+        x_BTD = sharding.gather_tokens(x_BTD)
 
         def project(weight: nnx.Param) -> Float[Array, "B T F"]:
-            whole_FD = sharding.gather(weight[...], x_BTD.dtype)
-            return jnp.einsum("btd,fd->btf", x_BTD, whole_FD, out_sharding=sharding.activation(3))
+            weight_FD = sharding.gather(weight[...], x_BTD.dtype, "rows")
+            return jnp.einsum("btd,fd->btf", x_BTD, weight_FD, out_sharding=sharding.features(3))
 
         gate_BTF = checkpoint_name(project(self.gate), GATE)
         up_BTF = checkpoint_name(project(self.up), UP)
@@ -135,10 +139,11 @@ class GatedFFN(nnx.Module):
         @recompute
         def finish(gate_BTF, up_BTF, down_FD):
             intermediate_BTF = self.activation(gate_BTF, activation_parameter) * up_BTF
-            y_BTD = jnp.einsum("btf,fd->btd", intermediate_BTF, down_FD, out_sharding=sharding.activation(3))
+            y_BTD = jnp.einsum("btf,fd->btd", intermediate_BTF, down_FD, out_sharding=sharding.partial)
             return y_BTD, ffn_statistics(intermediate_BTF, mask_BT, count_neurons=count_neurons)
 
-        return finish(gate_BTF, up_BTF, sharding.gather(self.down[...], x_BTD.dtype))
+        y_BTD, statistics = finish(gate_BTF, up_BTF, sharding.gather(self.down[...], x_BTD.dtype, "rows"))
+        return sharding.scatter_tokens(y_BTD), statistics
 
 
 class Block(nnx.Module):
@@ -174,7 +179,7 @@ def embed(
     table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], model: ModelConfig, options: RunOptions
 ) -> Float[Array, "B T D"]:
     """The residual stream before the first layer, in the compute dtype, from a whole table in float32."""
-    x_BTD = table_VD.at[tokens_BT].get(out_sharding=options.sharding.activation(3))
+    x_BTD = table_VD.at[tokens_BT].get(out_sharding=options.sharding.tokens(3))
     return (x_BTD * model.embedding_multiplier).astype(options.compute_dtype)
 
 
@@ -187,7 +192,7 @@ def unembed(
         x_BTD / model.logits_divisor,
         table_VD.astype(options.compute_dtype),
         preferred_element_type=jnp.float32,
-        out_sharding=options.sharding.activation(3),
+        out_sharding=options.sharding.tokens(3),
     )
 
 
@@ -201,15 +206,15 @@ class CausalLM(nnx.Module):
     def __init__(self, model: ModelConfig, options: RunOptions, *, rngs: nnx.Rngs):
         self.model = model
         self.options = options
-        self.embedding = _matrix(rngs, model.vocab_size, model.d_model, options, EMBEDDING_STD)
+        self.embedding = _matrix(rngs, model.vocab_size, model.d_model, options, EMBEDDING_STD, "none")
         self.layers = jax.vmap(lambda layer_rngs: Block(model, options, rngs=layer_rngs))(rngs.split(model.num_layers))
         self.norm = RMSNorm(model.d_model, model.norm_eps)
         if not model.tie_embeddings:
-            self.head = _matrix(rngs, model.vocab_size, model.d_model, options, EMBEDDING_STD)
+            self.head = _matrix(rngs, model.vocab_size, model.d_model, options, EMBEDDING_STD, "none")
 
     def _gather_table(self, table: nnx.Param) -> Float[Array, "V D"]:
         """Gathered narrow, then widened on the device, so that the gradient of a frequent token sums in float32."""
-        return self.options.sharding.gather(table[...], self.options.compute_dtype).astype(jnp.float32)
+        return self.options.sharding.gather(table[...], self.options.compute_dtype, "none").astype(jnp.float32)
 
     def __call__(
         self,
@@ -225,6 +230,11 @@ class CausalLM(nnx.Module):
         `activation_parameter_L` is the threshold or shift of each layer (`activation_parameters(model)`). With
         `documents` each document of a sequence gets the logits it has alone.
         """
+        sharding = self.options.sharding
+        tokens_BT = jax.sharding.reshard(tokens_BT, sharding.tokens(2))
+        mask_BT = jax.sharding.reshard(mask_BT, sharding.sequences(2))
+        if documents is not None:
+            documents = Documents(*(jax.sharding.reshard(each, sharding.sequences(2)) for each in documents))
         embedding_VD = self._gather_table(self.embedding)
         x_BTD = embed(embedding_VD, tokens_BT, self.model, self.options)
 

@@ -4,20 +4,27 @@ import jax
 
 from prosparse_jax.config import MeshConfig
 
-MESH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int]:
-    """Sizes of the axes (data, fsdp) on `device_count` devices; `fsdp = -1` takes what `data` leaves."""
-    fsdp = device_count // mesh.data if mesh.fsdp == -1 else mesh.fsdp
-    return mesh.data, fsdp
+def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int]:
+    """Sizes of the axes (data, fsdp, tensor) on `device_count` devices; `fsdp = -1` takes what the others leave."""
+    fsdp = device_count // (mesh.data * mesh.tensor) if mesh.fsdp == -1 else mesh.fsdp
+    return mesh.data, fsdp, mesh.tensor
+
+
+def batch_shards(mesh: MeshConfig, device_count: int) -> int:
+    """Parts that a micro-batch is split into: devices, or groups of devices that share sequences."""
+    data, fsdp, _ = mesh_shape(mesh, device_count)
+    return data * fsdp
 
 
 def make_mesh(mesh: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with explicit axes ("data", "fsdp"): arrays carry their sharding in their type.
+    """A mesh with explicit axes ("data", "fsdp", "tensor"): arrays carry their sharding in their type.
 
-    Uses the first data * fsdp of `devices` (default: all of this job's).
+    Uses the first data * fsdp * tensor of `devices` (default: all of this job's). Those of a tensor group are neighbours:
+    they talk most, and are in one machine.
     """
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(mesh, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, devices=devices[: shape[0] * shape[1]])
+    data, fsdp, tensor = mesh_shape(mesh, len(devices))
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, devices=devices[: data * fsdp * tensor])

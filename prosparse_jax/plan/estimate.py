@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prosparse_jax.observe.flops import model_flops_per_token
+from prosparse_jax.parallel.mesh import batch_shards
 from prosparse_jax.plan.counts import collective_of, program_flops
 from prosparse_jax.plan.gpus import GPU
 from prosparse_jax.plan.hlo import Array, Module
@@ -83,9 +84,13 @@ class Plan:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences of one GPU at a time."""
-        training = self.step.config.training
-        return training.sequences_per_step // training.microbatches // self.step.gpus
+        """Sequences of one GPU at a time; with mesh.tensor, of those that share them."""
+        config = self.step.config
+        return (
+            config.training.sequences_per_step
+            // config.training.microbatches
+            // batch_shards(config.mesh, self.step.gpus)
+        )
 
     @property
     def tokens_per_second(self) -> Bounds | None:

@@ -36,10 +36,12 @@ def _heading(plan: Plan) -> Iterator[str]:
     step, training = plan.step, plan.step.config.training
     hosts = machines(step.gpus)
     where = f"{step.gpus} x {step.gpu}" + (f" in {hosts} machines" if hosts > 1 else "")
+    tensor = step.config.mesh.tensor
+    sharers = "a GPU" if tensor == 1 else f"for {tensor} GPUs (mesh.tensor)"
     yield f"{step.config.name} on {where}, compiled in {step.compile_seconds:.0f} s; nothing was run"
     yield (
-        f"{plan.micro_batch} x {training.sequence_length} tokens a GPU at a time, {training.microbatches} micro-batches, "
-        f"remat {training.remat}, attention {step.attention}"
+        f"{plan.micro_batch} x {training.sequence_length} tokens {sharers} at a time, {training.microbatches} "
+        f"micro-batches, remat {training.remat}, attention {step.attention}"
     )
     if plan.times is not None and hosts > 1:
         gigabits = 8 * plan.gpu.network_bandwidth / 1e9
@@ -147,8 +149,8 @@ def _suggestions(trials: Sequence[Trial], plan: Plan) -> Iterator[str]:
         return
     yield f"largest micro-batch that fits: {largest.micro_batch} a GPU, with remat {largest.remat}"
     yield f"lightest remat that fits: {lightest.remat}, with {lightest.micro_batch} a GPU"
-    training = plan.step.config.training
-    microbatches = training.sequences_per_step // (chosen.micro_batch * plan.step.gpus)
+    assert chosen.plan is not None, "what failed to compile does not fit"
+    training, microbatches = plan.step.config.training, chosen.plan.step.config.training.microbatches
     yield f"fastest by the model: --training.microbatches {microbatches} --training.remat {chosen.remat}"
     if plan.step.config.sparsity.reduction == "paper" and microbatches != training.microbatches:
         yield (

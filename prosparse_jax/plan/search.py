@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from prosparse_jax.config import Config, Remat
 from prosparse_jax.errors import PlanError
+from prosparse_jax.parallel.mesh import batch_shards
 from prosparse_jax.plan.estimate import Plan, make_plan
 from prosparse_jax.plan.gpus import GPU
 from prosparse_jax.plan.program import compile_step
@@ -19,7 +20,7 @@ class Trial:
 
     remat: Remat
     micro_batch: int
-    """Sequences of one GPU at a time."""
+    """Sequences of one GPU (or of the GPUs that share them) at a time."""
     plan: Plan | None
     """None: the compiler failed."""
 
@@ -30,17 +31,18 @@ class Trial:
 
 def micro_batches(config: Config, gpus: int) -> list[int]:
     """Sequences a GPU that divide the step's, in ascending order; from each to the next at least doubled."""
-    share = config.training.sequences_per_step // gpus
+    shards = batch_shards(config.mesh, gpus)
+    share = config.training.sequences_per_step // shards
     found: list[int] = []
     for size in range(1, share + 1):
-        if config.training.sequences_per_step % (size * gpus) == 0 and (not found or size >= 2 * found[-1]):
+        if config.training.sequences_per_step % (size * shards) == 0 and (not found or size >= 2 * found[-1]):
             found.append(size)
     return found
 
 
 def variant(config: Config, gpus: int, remat: Remat, micro_batch: int) -> Config:
     """`config` with another policy and `micro_batch` sequences a GPU; the step's sequences stay."""
-    microbatches = config.training.sequences_per_step // (micro_batch * gpus)
+    microbatches = config.training.sequences_per_step // (micro_batch * batch_shards(config.mesh, gpus))
     training = dataclasses.replace(config.training, remat=remat, microbatches=microbatches)
     return dataclasses.replace(config, training=training)
 

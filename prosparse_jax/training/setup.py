@@ -17,7 +17,7 @@ from prosparse_jax.data.sources import source_names
 from prosparse_jax.evaluation.validation import Validate, make_validate
 from prosparse_jax.model.attention import Documents
 from prosparse_jax.model.transformer import RunOptions
-from prosparse_jax.parallel.mesh import make_mesh
+from prosparse_jax.parallel.mesh import batch_shards, make_mesh
 from prosparse_jax.training.losses import Batch
 from prosparse_jax.training.optimizer import make_optimizer
 from prosparse_jax.training.state import Parameters, TrainState, abstract_model, initial_state, run_options
@@ -44,6 +44,11 @@ class Program:
         """Sequences in one micro-batch, over all devices."""
         return self.config.training.sequences_per_step // self.config.training.microbatches
 
+    @property
+    def batch_shards(self) -> int:
+        """Parts that a micro-batch is split into."""
+        return batch_shards(self.config.mesh, self.mesh.size)
+
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is restored onto."""
         state = jax.eval_shape(
@@ -53,8 +58,9 @@ class Program:
         return _placed(state, self.mesh)
 
     def _batch_sharding(self, rank: int, batch_axis: int) -> NamedSharding:
-        spec = self.options.sharding.activation(rank - batch_axis)
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, *spec))
+        """Of (A, B, T) or (A, B) arrays, `batch_axis` 1, or of those without A."""
+        spec = self.options.sharding.tokens(2)
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, *spec[: rank - batch_axis]))
 
     def abstract_batch(self) -> Batch:
         """Shapes of one step's batch, (A, B, T)."""
@@ -134,7 +140,7 @@ def build_program(config: Config, devices: list[jax.Device] | None = None) -> Pr
     with jax.set_mesh(mesh):
         graphdef, abstract_parameters = abstract_model(config, options)
     transformation = make_optimizer(config.optimizer)
-    step = make_train_step(config, graphdef, transformation, batch_shards=mesh.size)
+    step = make_train_step(config, graphdef, transformation, batch_shards=batch_shards(config.mesh, mesh.size))
     return Program(
         config=config,
         mesh=mesh,

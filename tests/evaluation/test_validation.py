@@ -32,7 +32,7 @@ def weights_with_dead_neurons():
 
 
 def validate(settings, batches, config=CONFIG):
-    devices = config.mesh.data * config.mesh.fsdp
+    devices = config.mesh.fsdp * config.mesh.tensor
     program = build_program(config, jax.devices()[:devices])
     with jax.set_mesh(program.mesh):
         weights = jax.tree.map(
@@ -95,8 +95,9 @@ def test_batches_are_read_once():
     assert len(reads) == len(BATCHES)
 
 
-def test_eight_devices_count_the_same(swept):
-    many = validate(THRESHOLDS, BATCHES, config_of(0.0, mesh={"fsdp": 8}))
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+def test_eight_devices_count_the_same(swept, mesh):
+    many = validate(THRESHOLDS, BATCHES, config_of(0.0, mesh=mesh))
     for one, eight in zip(swept, many, strict=True):
         assert one.sparsity_per_layer == eight.sparsity_per_layer
         assert one.never_fired_per_layer == eight.never_fired_per_layer

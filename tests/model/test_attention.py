@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from prosparse_jax.errors import ConfigError
-from prosparse_jax.model.attention import causal_attention, choose_attention
-from prosparse_jax.parallel.sharding import ShardingRules
+from prosparse_jax.model.attention import choose_attention, device_attention
 
 
 @pytest.mark.parametrize(
@@ -57,18 +56,16 @@ def test_the_choice_and_its_reason_are_logged(caplog, monkeypatch):
 
 @pytest.mark.parametrize("segments", [None, [1, 1, 1, 2, 2, 3, 3], [1, 2, 2, 2, 2, 2, 0], [1, 1, 2, 1, 0, 0, 0]])
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_attention_equals_numpy(mesh, length, segments):
-    mesh()
+def test_attention_equals_numpy(length, segments):
     rng, (batch, queries, keys, width) = np.random.default_rng(0), (2, 6, 3, 8)
     q = rng.standard_normal((batch, length, queries, width))
     k, v = rng.standard_normal((2, batch, length, keys, width))
     # The second sequence is all one document.
     own = None if segments is None else np.array([segments[:length], [1] * length])
-    ours = causal_attention(
+    ours = device_attention(
         *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        None if own is None else jnp.asarray(own),
         implementation="xla",
-        sharding=ShardingRules(),
-        segments_BT=None if own is None else jnp.asarray(own),
     )
     expected = np.zeros_like(q)
     for b, t, n in np.ndindex(batch, length, queries):

@@ -20,10 +20,10 @@ TOLERANCE = 8 * 2.0**-9
 
 @pytest.fixture
 def tables(mesh):
-    """tables(fsdp): the config's model, its embedding and head as the model gathers them, and their parameters."""
+    """tables(fsdp, tensor): the config's model, its embedding and head as the model gathers them, and their parameters."""
 
-    def make(fsdp: int):
-        made = mesh(fsdp=fsdp)
+    def make(fsdp: int, tensor: int):
+        made = mesh(fsdp=fsdp, tensor=tensor)
         config = small_config()
         graphdef, shapes = abstract_model(config, BF16)
         parameters = jax.tree.map(
@@ -44,15 +44,15 @@ def bfloat16(rng, *shape) -> np.ndarray:
     return np.asarray(jnp.asarray(0.5 + rng.random(shape), jnp.bfloat16))
 
 
-@pytest.mark.parametrize("fsdp", [1, 8])
-def test_embedding_gradients_of_a_frequent_token_sum_in_float32(tables, fsdp):
-    model, gathered, parameters = tables(fsdp)
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (8, 1), (4, 2)])
+def test_embedding_gradients_of_a_frequent_token_sum_in_float32(tables, fsdp, tensor):
+    model, gathered, parameters = tables(fsdp, tensor)
     rng = np.random.default_rng(0)
     # Half of all tokens are one token: 4,096 terms in its row.
     tokens = rng.integers(0, model.vocab_size, (BATCH, LENGTH))
     tokens[:, ::2] = COMMON
     gradient_BTD = bfloat16(rng, BATCH, LENGTH, model.d_model)
-    sharding = BF16.sharding.activation
+    sharding = BF16.sharding.tokens
 
     @jax.jit
     def pull_back(parameters, tokens, gradient):
@@ -69,13 +69,13 @@ def test_embedding_gradients_of_a_frequent_token_sum_in_float32(tables, fsdp):
     assert np.float64(naive)[COMMON].max() < 0.2 * oracle[COMMON].min()
 
 
-@pytest.mark.parametrize("fsdp", [1, 8])
-def test_head_gradients_sum_in_float32(tables, fsdp):
-    model, gathered, parameters = tables(fsdp)
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (8, 1), (4, 2)])
+def test_head_gradients_sum_in_float32(tables, fsdp, tensor):
+    model, gathered, parameters = tables(fsdp, tensor)
     rng = np.random.default_rng(1)
     x_BTD = bfloat16(rng, BATCH, LENGTH, model.d_model)
     gradient_BTV = np.float32(bfloat16(rng, BATCH, LENGTH, model.vocab_size))
-    sharding = BF16.sharding.activation
+    sharding = BF16.sharding.tokens
 
     @jax.jit
     def pull_back(parameters, x, gradient):

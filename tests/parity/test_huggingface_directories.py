@@ -74,6 +74,8 @@ class Row:
     dtype: str = "float32"
     max_shard_size: str = "5GB"
     devices: int = 1
+    tensor: int = 1
+    """Devices that share sequences."""
     by_checkpoint: bool = False
     """Imported first, and read from the checkpoint."""
 
@@ -128,6 +130,7 @@ ROWS = {
     "relu, on 8 devices from a checkpoint": Row(
         {"activation": ActivationConfig(name="relu")}, devices=8, by_checkpoint=True
     ),
+    "on 4 groups of 2 devices": Row(devices=8, tensor=2, max_shard_size="6KB"),
     "fatrelu": Row(**_sparse("fatrelu", 0.1, hidden_act="fatrelu", hidden_act_param=0.1)),
     "fatrelu with its threshold in the name": Row(**_sparse("fatrelu", 0.01, hidden_act="fatrelu_0.01")),
     "fatrelu with a threshold per layer": Row(
@@ -188,9 +191,11 @@ def random_tokens(model: ModelConfig, sequences: int = 2) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.vocab_size, (sequences, 24)).astype(np.int32)
 
 
-def our_logits(source: WeightSource, tokens: np.ndarray, devices: int = 1, options: RunOptions | None = None):
-    """Logits of our model, whose weights `load_sharded` put on that many devices."""
-    config = dataclasses.replace(SMALL, model=source.model, mesh=MeshConfig(fsdp=devices))
+def our_logits(
+    source: WeightSource, tokens: np.ndarray, devices: int = 1, options: RunOptions | None = None, tensor: int = 1
+):
+    """Logits of our model, whose weights `load_sharded` put on that many devices, in groups of `tensor`."""
+    config = dataclasses.replace(SMALL, model=source.model, mesh=MeshConfig(fsdp=devices // tensor, tensor=tensor))
     program = build_program(config, jax.devices()[:devices])
     with jax.set_mesh(program.mesh):
         weights = load_sharded(source, program.abstract_parameters)
@@ -262,7 +267,7 @@ def test_logits_equal_those_of_transformers_from_the_same_directory(prepared, na
         thresholds = np.broadcast_to(model.activation.parameter, model.num_layers)
         margins = [(gate - t).abs().min() for gate, t in zip(gates, thresholds, strict=True) if t > 0]
         assert min(margins) > 1e-5
-    assert_equal(our_logits(source, tokens, ROWS[name].devices), theirs)
+    assert_equal(our_logits(source, tokens, ROWS[name].devices, tensor=ROWS[name].tensor), theirs)
 
 
 @pytest.mark.parametrize("name", LAYER_BY_LAYER)

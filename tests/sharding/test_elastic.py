@@ -25,15 +25,15 @@ from tests.token_sources import token_source
 pytestmark = pytest.mark.sharding
 
 ROOT = Path(__file__).parents[2]
-MESHES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 4), (1, 16), (2, 8)]
-"""(data, fsdp): 1, 2, 4 and 16 devices."""
+MESHES = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2), (4, 4, 1), (1, 16, 1), (2, 2, 4)]
+"""(data, fsdp, tensor): 1, 2, 4 and 16 devices."""
 WIDTHS = {"ffn_width": 48, "num_kv_heads": 4, "head_width": 16}
 """All split over 16 devices."""
 
 
-def program_of(data: int, fsdp: int):
-    config = small_config(model=WIDTHS, mesh={"data": data, "fsdp": fsdp})
-    return build_program(config, jax.devices()[: data * fsdp])
+def program_of(data: int, fsdp: int, tensor: int = 1):
+    config = small_config(model=WIDTHS, mesh={"data": data, "fsdp": fsdp, "tensor": tensor})
+    return build_program(config, jax.devices()[: data * fsdp * tensor])
 
 
 def abstract_state(program):
@@ -97,15 +97,16 @@ def check_every_mesh(directory: Path) -> None:
     position = tokens()
     next(position)
     after = next(position)
-    for data, fsdp in MESHES:
-        target = program_of(data, fsdp)
+    for mesh in MESHES:
+        data, fsdp, tensor = mesh
+        target = program_of(*mesh)
         restored, batch = restore(directory, target)
-        assert bits(restored) == expected, (data, fsdp)
+        assert bits(restored) == expected, mesh
         wanted = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(target))
-        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == wanted, (data, fsdp)
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == wanted, mesh
         gate = restored.parameters["layers"]["ffn"]["gate"]
-        assert len(gate.addressable_shards) == data * fsdp
-        assert gate.addressable_shards[0].data.shape[1] == gate.shape[1] // fsdp
+        assert len(gate.addressable_shards) == data * fsdp * tensor
+        assert gate.addressable_shards[0].data.shape[1] == gate.shape[1] // (fsdp * tensor)
         np.testing.assert_array_equal(batch["inputs"], after["inputs"])
     print(json.dumps(MESHES))
 
@@ -124,8 +125,8 @@ def test_weights_alone_are_read_without_the_optimizer_state(tmp_path):
     state = random_state(program)
     save(tmp_path, program, state)
     shutil.rmtree(tmp_path / "1" / "optimizer")
-    for data, fsdp in [(1, 1), (2, 4)]:
-        target = program_of(data, fsdp)
+    for mesh in [(1, 1, 1), (2, 4, 1), (1, 2, 4)]:
+        target = program_of(*mesh)
         loaded = load_sharded(open_source(tmp_path / "1"), target.abstract_parameters)
         for name, leaf in checkpoint.named_leaves(loaded).items():
             assert np.asarray(leaf).tobytes() == np.asarray(checkpoint.named_leaves(state.parameters)[name]).tobytes()

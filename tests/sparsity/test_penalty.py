@@ -4,6 +4,7 @@ Losses, penalties and gradients are float32 sums that a split adds up in another
 roundings of 6e-8 for scalars, and 1e-5 of each tensor's norm for gradients.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from prosparse_jax.config import Config, Stage
+from prosparse_jax.config import Config, MeshConfig, Stage
 from prosparse_jax.sparsity.penalty import l1_scale
 from tests import numpy_llama
 from tests.support import Run, model_weights, random_batch, run_steps, small_config
@@ -105,6 +106,13 @@ def test_paper_unit_depends_on_the_split():
     # Published λ are in units of a plain sum over one device's micro-batch: the more pieces, the weaker the penalty.
     few, many = (one_step("paper", factor_that_equals_mean("paper", s), s).metrics[0].l1 for s in ((1, 4), (8, 2)))
     assert float(few) == pytest.approx(4 * float(many), rel=1e-5)
+
+
+def test_devices_that_share_sequences_are_one_device_in_the_paper_unit():
+    config = config_of("paper", FACTOR, (2, 1))
+    shared = dataclasses.replace(config, mesh=MeshConfig(fsdp=2, tensor=2))
+    alone, shared = (run_steps(c, [BATCH]).metrics[0].l1 for c in (config, shared))
+    assert float(shared) == pytest.approx(float(alone), rel=1e-6)
 
 
 def test_the_factor_is_large_enough_to_matter():
