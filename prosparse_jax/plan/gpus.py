@@ -5,6 +5,7 @@ Compiling needs JAX's CUDA plugin, neither a driver nor a GPU.
 
 import dataclasses
 import difflib
+import re
 
 import jax
 from jax.experimental import topologies
@@ -63,6 +64,14 @@ GPUS: dict[str, GPU] = {
 }
 """NVIDIA's data sheets; memory as the drivers report it."""
 
+# Of drivers, for what differs from `description` in bandwidth but not in memory, such as PCIe cards. A100s with 64 GB exist,
+# and H100s with 64, 94 and 96.
+_DEVICE_KINDS = {
+    "a100-80": r"A100[ -].*\b80GB",
+    "a100-40": r"A100[ -].*\b40GB",
+    "h100": r"H100 (80GB|PCIe)",
+}
+
 # The same for all of them; XLA's compiler aborts where one that it divides by is 0.
 _COMMON_LIMITS = {
     "threads_per_warp": 32,
@@ -96,6 +105,13 @@ def gpu_problems(name: str, count: int) -> list[str]:
             f"--gpus {count}: beyond one machine it must be a multiple of the {GPUS_PER_MACHINE} GPUs of a machine"
         )
     return found
+
+
+def known_gpu(device_kind: str) -> str | None:
+    """The name in `GPUS` of a whole GPU with the same chip and memory, from what JAX calls a device; None for any other."""
+    if "MIG" in device_kind:
+        return None
+    return next((name for name, pattern in _DEVICE_KINDS.items() if re.search(pattern, device_kind)), None)
 
 
 def machines(count: int) -> int:
