@@ -23,6 +23,11 @@ class GPU:
     multiprocessors: int
     shared_memory_per_multiprocessor: int
     """Bytes; a block can use 1 KiB less."""
+    fp32_units_per_multiprocessor: int
+    clock_ghz: float
+    """The highest."""
+    l2_cache: int
+    """Bytes."""
     memory: int
     """Bytes that the driver reports."""
     matmul_flops: float
@@ -39,6 +44,9 @@ _A100 = GPU(
     compute_capability=(8, 0),
     multiprocessors=108,
     shared_memory_per_multiprocessor=164 * 2**10,
+    fp32_units_per_multiprocessor=64,
+    clock_ghz=1.41,
+    l2_cache=40 * 2**20,
     memory=85_100_068_864,
     matmul_flops=312e12,
     memory_bandwidth=2.039e12,
@@ -55,6 +63,9 @@ GPUS: dict[str, GPU] = {
         compute_capability=(9, 0),
         multiprocessors=132,
         shared_memory_per_multiprocessor=228 * 2**10,
+        fp32_units_per_multiprocessor=128,
+        clock_ghz=1.98,
+        l2_cache=50 * 2**20,
         memory=84_942_979_072,
         matmul_flops=989e12,
         memory_bandwidth=3.352e12,
@@ -127,6 +138,11 @@ def gpu_devices(name: str, count: int) -> list[jax.Device]:
         "shared_memory_per_block_optin": gpu.shared_memory_per_multiprocessor - 2**10,
         "shared_memory_per_core": gpu.shared_memory_per_multiprocessor,
         "device_memory_size": gpu.memory,
+        # XLA weighs by these what to fuse. Where they are missing it writes whole broadcasts to memory.
+        "fpus_per_core": gpu.fp32_units_per_multiprocessor,
+        "clock_rate_ghz": gpu.clock_ghz,
+        "l2_cache_size": gpu.l2_cache,
+        "memory_bandwidth": int(gpu.memory_bandwidth),
     }
     lines = "\n".join(f"  {field}: {value}" for field, value in limits.items())
     target = f"""
