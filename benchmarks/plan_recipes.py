@@ -1,8 +1,9 @@
 """Plans the recipes on the machines that they were written for, and prints the tables of docs/plan.md.
 
-    python benchmarks/plan_recipes.py --search        # about 10 minutes on two cores, no GPU
+    python benchmarks/plan_recipes.py --search                       # about 10 minutes on two cores, no GPU
+    python benchmarks/plan_recipes.py --only 7b-documents --search   # that one alone
 
-Each plan is what scripts/plan.py gives (for the four recipes with its search, if --search is given), and is written to
+Each plan is what scripts/plan.py gives (for those marked below with its search, if --search is given), and is written to
 benchmarks/results/plan-NAME.json. The tables are of all files there.
 """
 
@@ -35,6 +36,8 @@ TARGETS = {
     "13b": Target("prosparse_13b", gpus=32, searched=True),
     "1b": Target("prosparse_1b", searched=True),
     "13b-copies": Target("prosparse_13b", gpus=32, overrides=("--mesh.data=4",)),
+    # Attention that keeps documents apart is XLA's, not cuDNN's.
+    "7b-documents": Target("prosparse_7b", overrides=("--data.document-masks",), searched=True),
     "7b-32k": Target("prosparse_7b", overrides=(*LONG, "--training.remat=attention")),
     "7b-latency-hiding": Target("prosparse_7b", flags=LATENCY_HIDING),
     "7b-most": Target("prosparse_7b", overrides=("--training.remat=most",)),

@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from prosparse_jax.errors import run_script
+from prosparse_jax.errors import OutOfMemoryError, run_script
 
 
 def main() -> None:
@@ -32,12 +32,16 @@ def main() -> None:
 
     # After the config is known to be readable: importing JAX takes seconds.
     from prosparse_jax.parallel import distributed
+    from prosparse_jax.plan.savings import explained
     from prosparse_jax.runtime import prepare_runtime
     from prosparse_jax.training.trainer import train
 
     prepare_runtime()
     distributed.connect()
-    result = train(config, resume=arguments.resume)
+    try:
+        result = train(config, resume=arguments.resume)
+    except OutOfMemoryError as error:
+        raise explained(error, config) from error
     if not distributed.is_first():
         return
     if result.interrupted:

@@ -13,11 +13,6 @@ from prosparse_jax.errors import OutOfMemoryError
 PROFILE_DIRECTORY = "profile"
 MEMORY_FILE = "memory.prof"
 
-# docs/performance.md: the compiled 7B step on eight A100-80G, four sequences per GPU and micro-batch.
-_REMAT_GIB = (
-    "full 13, attention 17, attention_gate 27, dots 50, most 54, none 78 GiB of working memory for the 7B recipe"
-)
-
 
 class ProfilerWindow:
     """Records `steps` steps with the JAX profiler, after step `start` and after each SIGUSR1.
@@ -83,8 +78,10 @@ def explaining_out_of_memory(directory: Path):
         raise OutOfMemoryError(
             f"the devices ran out of memory: {str(error).splitlines()[0]}\n"
             f"What was allocated: {path} (view it with pprof). To need less, cheapest first:\n"
-            "  --training.microbatches: twice as many halve the activations of a micro-batch; the step stays the same\n"
-            f"  --training.remat: recompute more in the backward pass ({_REMAT_GIB}; docs/performance.md)\n"
+            "  --training.microbatches: twice as many halve the activations of a micro-batch; the step stays the same, but "
+            "for the\n    unit of its L1 penalty where sparsity.reduction=paper\n"
+            "  --training.remat: keep less for the backward pass and compute it again; from most to least kept: none, most, "
+            "dots,\n    attention_gate, attention, full\n"
             "  --mesh.fsdp: more devices share the 12 bytes a parameter of weights and optimizer; mesh.data copies them\n"
             "  XLA_PYTHON_CLIENT_MEM_FRACTION: the share of a GPU that JAX may take, 0.92 unless the environment sets it"
         ) from error

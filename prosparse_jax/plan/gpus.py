@@ -5,6 +5,7 @@ Compiling needs JAX's CUDA plugin, neither a driver nor a GPU.
 
 import dataclasses
 import difflib
+import re
 
 import jax
 from jax.experimental import topologies
@@ -22,6 +23,11 @@ class GPU:
     multiprocessors: int
     shared_memory_per_multiprocessor: int
     """Bytes; a block can use 1 KiB less."""
+    fp32_units_per_multiprocessor: int
+    clock_ghz: float
+    """The highest."""
+    l2_cache: int
+    """Bytes."""
     memory: int
     """Bytes that the driver reports."""
     matmul_flops: float
@@ -38,6 +44,9 @@ _A100 = GPU(
     compute_capability=(8, 0),
     multiprocessors=108,
     shared_memory_per_multiprocessor=164 * 2**10,
+    fp32_units_per_multiprocessor=64,
+    clock_ghz=1.41,
+    l2_cache=40 * 2**20,
     memory=85_100_068_864,
     matmul_flops=312e12,
     memory_bandwidth=2.039e12,
@@ -54,6 +63,9 @@ GPUS: dict[str, GPU] = {
         compute_capability=(9, 0),
         multiprocessors=132,
         shared_memory_per_multiprocessor=228 * 2**10,
+        fp32_units_per_multiprocessor=128,
+        clock_ghz=1.98,
+        l2_cache=50 * 2**20,
         memory=84_942_979_072,
         matmul_flops=989e12,
         memory_bandwidth=3.352e12,
@@ -62,6 +74,14 @@ GPUS: dict[str, GPU] = {
     ),
 }
 """NVIDIA's data sheets; memory as the drivers report it."""
+
+# Of drivers, for what differs from `description` in bandwidth but not in memory, such as PCIe cards. A100s with 64 GB exist,
+# and H100s with 64, 94 and 96.
+_DEVICE_KINDS = {
+    "a100-80": r"A100[ -].*\b80GB",
+    "a100-40": r"A100[ -].*\b40GB",
+    "h100": r"H100 (80GB|PCIe)",
+}
 
 # The same for all of them; XLA's compiler aborts where one that it divides by is 0.
 _COMMON_LIMITS = {
@@ -98,6 +118,13 @@ def gpu_problems(name: str, count: int) -> list[str]:
     return found
 
 
+def known_gpu(device_kind: str) -> str | None:
+    """The name in `GPUS` of a whole GPU with the same chip and memory, from what JAX calls a device; None for any other."""
+    if "MIG" in device_kind:
+        return None
+    return next((name for name, pattern in _DEVICE_KINDS.items() if re.search(pattern, device_kind)), None)
+
+
 def machines(count: int) -> int:
     """How many machines `count` GPUs fill."""
     return max(1, count // GPUS_PER_MACHINE)
@@ -111,6 +138,11 @@ def gpu_devices(name: str, count: int) -> list[jax.Device]:
         "shared_memory_per_block_optin": gpu.shared_memory_per_multiprocessor - 2**10,
         "shared_memory_per_core": gpu.shared_memory_per_multiprocessor,
         "device_memory_size": gpu.memory,
+        # XLA weighs by these what to fuse. Where they are missing it writes whole broadcasts to memory.
+        "fpus_per_core": gpu.fp32_units_per_multiprocessor,
+        "clock_rate_ghz": gpu.clock_ghz,
+        "l2_cache_size": gpu.l2_cache,
+        "memory_bandwidth": int(gpu.memory_bandwidth),
     }
     lines = "\n".join(f"  {field}: {value}" for field, value in limits.items())
     target = f"""

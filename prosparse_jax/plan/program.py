@@ -19,6 +19,8 @@ from prosparse_jax.errors import PlanError
 from prosparse_jax.plan.gpus import gpu_problems
 from prosparse_jax.plan.hlo import Module
 
+CPU = "cpu"
+"""In place of a kind of GPU: the devices are a CPU's, as those of the run that is planned."""
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Tuning would time candidate matrix products on a GPU.
 UNTUNED = "--xla_gpu_autotune_level=0"
@@ -33,7 +35,7 @@ class CompiledStep:
     gpu: str
     gpus: int
     for_gpu: bool
-    """False: compiled for as many fake CPU devices, because there is no CUDA plugin."""
+    """False: compiled for as many fake CPU devices, which are meant, or there is no CUDA plugin."""
     arguments: int
     """Bytes, as all sizes here."""
     temporary: int
@@ -67,19 +69,20 @@ def request_problems(config: Config, gpu: str, gpus: int) -> list[str]:
     return [*gpu_problems(gpu, gpus), *config_checks.problems(config, gpus if gpus > 0 else None)]
 
 
-def compile_step(config: Config, gpu: str, gpus: int) -> CompiledStep:
-    """Compiles the training step of `config` for `gpus` GPUs of kind `gpu`; XLA_FLAGS of the environment apply.
+def compile_step(config: Config, gpu: str, gpus: int, *, patience: float | None = None) -> CompiledStep:
+    """Compiles the training step of `config` for `gpus` GPUs of kind `gpu` (or `CPU`); XLA_FLAGS of the environment apply.
 
-    The request must have no `request_problems`. Raises PlanError when the compiler fails.
+    The request must have no `request_problems`. Raises PlanError when the compiler fails, or takes longer than `patience`
+    seconds.
     """
-    for_gpu = has_cuda_plugin()
-    if not for_gpu and config.training.compute_dtype == "auto":
+    for_gpu = gpu != CPU and has_cuda_plugin()
+    if not for_gpu and gpu != CPU and config.training.compute_dtype == "auto":
         # What it would be on a GPU.
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, compute_dtype="bfloat16"))
     request = {"config": config_to_dict(config), "gpu": gpu if for_gpu else "", "gpus": gpus}
     with tempfile.TemporaryDirectory(prefix="prosparse_plan_") as folder:
         out = Path(folder) / "step.hlo"
-        answer = _run_worker(request, out, gpus, for_gpu)
+        answer = _run_worker(request, out, gpus, for_gpu, patience)
         hlo = out.read_text(encoding="utf-8")
     return CompiledStep(
         config=config,
@@ -93,19 +96,23 @@ def compile_step(config: Config, gpu: str, gpus: int) -> CompiledStep:
     )
 
 
-def _run_worker(request: dict, out: Path, gpus: int, for_gpu: bool) -> dict:
+def _run_worker(request: dict, out: Path, gpus: int, for_gpu: bool, patience: float | None) -> dict:
     flag = UNTUNED if for_gpu else f"--xla_force_host_platform_device_count={gpus}"
     paths = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        # A run may hold them.
+        "CUDA_VISIBLE_DEVICES": "",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
         "PYTHONPATH": os.pathsep.join(paths),
         "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     }
     command = [sys.executable, "-m", "prosparse_jax.plan.worker", str(out)]
-    done = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, env=environment, check=False
-    )
+    options = {"capture_output": True, "text": True, "env": environment, "check": False, "timeout": patience}
+    try:
+        done = subprocess.run(command, input=json.dumps(request), **options)
+    except subprocess.TimeoutExpired as error:
+        raise PlanError(f"XLA had not compiled the step after {patience:.0f} s") from error
     if done.returncode:
         raise PlanError(failure(done.returncode, done.stderr))
     return json.loads(done.stdout.splitlines()[-1])

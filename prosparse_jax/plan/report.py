@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from prosparse_jax.config import Config
 from prosparse_jax.plan.estimate import Plan
 from prosparse_jax.plan.gpus import machines
 from prosparse_jax.plan.program import CUDA_PLUGINS
@@ -150,10 +151,18 @@ def _suggestions(trials: Sequence[Trial], plan: Plan) -> Iterator[str]:
     yield f"largest micro-batch that fits: {largest.micro_batch} a GPU, with remat {largest.remat}"
     yield f"lightest remat that fits: {lightest.remat}, with {lightest.micro_batch} a GPU"
     assert chosen.plan is not None, "what failed to compile does not fit"
-    training, microbatches = plan.step.config.training, chosen.plan.step.config.training.microbatches
+    microbatches = chosen.plan.step.config.training.microbatches
     yield f"fastest by the model: --training.microbatches {microbatches} --training.remat {chosen.remat}"
-    if plan.step.config.sparsity.reduction == "paper" and microbatches != training.microbatches:
-        yield (
-            "note: sparsity.reduction=paper ties λ to the micro-batch of a device; scale the peaks by "
-            f"{microbatches / training.microbatches:g} to keep their meaning"
-        )
+    if note := penalty_note(plan.step.config, microbatches):
+        yield note
+
+
+def penalty_note(config: Config, microbatches: int) -> str:
+    """What else has to change with the number of micro-batches; empty: nothing."""
+    factor = microbatches / config.training.microbatches
+    if config.sparsity.reduction != "paper" or factor == 1:
+        return ""
+    return (
+        "note: sparsity.reduction=paper ties λ to the micro-batch of a device; scale the peaks by "
+        f"{factor:g} to keep their meaning"
+    )

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not has_cuda_plugin(), reason="JAX's CUDA plugin is not installed"),
 ]
 
+A100 = GPUS["a100-80"]
 # Bytes of one all-reduce of norms, losses and counts; the smallest matrix of a layer has 786,432 elements.
 SMALL = 2**18
 
@@ -161,3 +162,21 @@ def test_program_for_gpus(target):
     assert calls == {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}
     assert plan.flops_per_token == pytest.approx(flops_per_token(plan), rel=1e-9)
     assert [*memory_problems(plan, target), *communication_problems(plan, target)] == []
+
+
+def test_documents_kept_apart():
+    """With XLA's attention, which writes the scores of a layer to memory; cuDNN's cannot keep documents apart."""
+    plan = make_plan(
+        compile_step(load_config(RECIPES / "prosparse_7b.py", ["--data.document-masks"]), "a100-80", 8), A100
+    )
+    model, length = plan.step.config.model, plan.step.config.training.sequence_length
+    assert plan.step.attention == "xla"
+    assert "__cudnn" not in plan.step.hlo
+    # A layer keeps its input and its gate; the policy keeps no attention but cuDNN's.
+    activations = model.num_layers * plan.micro_batch * length * 2 * (model.d_model + model.ffn_width)
+    assert activations <= plan.parts["activations"] <= 1.02 * activations
+    # Float32, less the quarter above the diagonal's halves. Backward, probabilities and their gradient are there at once;
+    # all else fits beside them in the half of one.
+    scores = 0.75 * 4 * plan.micro_batch * model.num_query_heads * length**2
+    assert plan.parts["temporaries"] <= 2.5 * scores
+    assert plan.fits
