@@ -38,6 +38,8 @@ TARGETS = {
     "13b-copies": Target("prosparse_13b", gpus=32, overrides=("--mesh.data=4",)),
     # Attention that keeps documents apart is XLA's, not cuDNN's.
     "7b-documents": Target("prosparse_7b", overrides=("--data.document-masks",), searched=True),
+    # The same tokens a GPU: two share twice the sequences.
+    "7b-tensor": Target("prosparse_7b", overrides=("--mesh.tensor=2",)),
     "7b-32k": Target("prosparse_7b", overrides=(*LONG, "--training.remat=attention")),
     "7b-latency-hiding": Target("prosparse_7b", flags=LATENCY_HIDING),
     "7b-most": Target("prosparse_7b", overrides=("--training.remat=most",)),

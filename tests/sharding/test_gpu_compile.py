@@ -13,6 +13,7 @@ import pytest
 
 from prosparse_jax.config import ModelConfig
 from prosparse_jax.config_io import RECIPES, load_config
+from prosparse_jax.interop.weights import count_parameters
 from prosparse_jax.plan.estimate import Plan, make_plan
 from prosparse_jax.plan.gpus import GPUS
 from prosparse_jax.plan.program import compile_step, has_cuda_plugin
@@ -162,6 +163,41 @@ def test_program_for_gpus(target):
     assert calls == {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}
     assert plan.flops_per_token == pytest.approx(flops_per_token(plan), rel=1e-9)
     assert [*memory_problems(plan, target), *communication_problems(plan, target)] == []
+
+
+def test_tensor_groups_compose_with_fsdp():
+    """Four groups of two GPUs: each gathers half of a layer's matrices over the groups, and tokens in the group."""
+    config = load_config(RECIPES / "prosparse_7b.py", ["--mesh.tensor=2"])
+    plan = make_plan(compile_step(config, "a100-80", 8), A100)
+    model, training = config.model, config.training
+    assert plan.micro_batch == 2 * training.sequences_per_step // training.microbatches // 8
+    layers = model.num_layers * training.microbatches
+    stream = 2 * plan.micro_batch * training.sequence_length * model.d_model * layers
+    weights = 2 * sum(layer_matrices(model).values()) // 2 * layers
+    table = 2 * model.vocab_size * model.d_model * training.microbatches
+    found: Counter = Counter()
+    for c in plan.collectives:
+        if c.bytes / c.count > SMALL:
+            found[c.kind, c.dtype, c.where, c.devices] += c.bytes
+    # Attention and FFN each gather the tokens and scatter their sums; on the way back both are transposed, and all but the
+    # FFN's sum, which nothing needs, is computed again.
+    assert found == {
+        ("all-gather", "bf16", "forward loop", 2): 2 * stream,
+        ("reduce-scatter", "bf16", "forward loop", 2): 2 * stream,
+        ("all-gather", "bf16", "backward loop", 2): (2 + 2) * stream,
+        ("reduce-scatter", "bf16", "backward loop", 2): (2 + 1) * stream,
+        ("all-gather", "bf16", "forward loop", 4): weights,
+        ("all-gather", "bf16", "backward loop", 4): weights,
+        ("reduce-scatter", "bf16", "backward loop", 4): weights,
+        ("all-gather", "bf16", "micro-batch", 8): tables(model) * table,
+        ("reduce-scatter", "bf16", "micro-batch", 8): tables(model) * table,
+    }
+    # A GPU computes and keeps what it does without groups, which have twice the sequences.
+    assert plan.flops_per_token == pytest.approx(flops_per_token(plan), rel=1e-9)
+    kept = model.num_layers * plan.micro_batch * training.sequence_length * kept_bytes_per_token(plan) / 2
+    assert kept <= plan.parts["activations"] <= 1.02 * kept
+    assert plan.step.parameters + plan.step.optimizer == pytest.approx(12 * count_parameters(model) / 8, rel=0.01)
+    assert plan.fits
 
 
 def test_documents_kept_apart():
