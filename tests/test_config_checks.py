@@ -275,3 +275,10 @@ def test_a_source_that_is_missing_says_where_to_get_it():
         (name,) = instead if len(instead) == 1 else ("prepared",)
         (found,) = config_checks.missing_files(changed)
         assert found.startswith(f"data.{name}=")
+
+
+def test_devices_that_share_sequences_are_of_one_process():
+    config = small_config(mesh={"fsdp": 2, "tensor": 4})
+    assert config_checks.processes_problems(config, 8, 2) == []
+    (problem,) = config_checks.processes_problems(config, 8, 4)
+    assert "mesh.tensor=4 does not divide the 2 devices of a process" in problem
