@@ -157,6 +157,8 @@ def processes_problems(config: Config, device_count: int, process_count: int) ->
     if process_count == 1:
         return []
     found = []
+    if [*_mesh_sizes(config, device_count)]:  # Told by `problems`.
+        return []
     shape = mesh_shape(config.mesh, device_count)
     if (used := math.prod(shape)) != device_count:
         found.append(
@@ -230,8 +232,9 @@ def _source(source: SourceConfig) -> Iterator[str]:
         yield f"template={source.template!r} {problem}; or choose {PLAIN} or {LLAMA2_CHAT}"
 
 
-def _mesh(config: Config, device_count: int) -> Iterator[str]:
-    mesh, training = config.mesh, config.training
+def _mesh_sizes(config: Config, device_count: int) -> Iterator[str]:
+    """Why there can be no such mesh."""
+    mesh = config.mesh
     if mesh.data < 1 or mesh.tensor < 1 or (mesh.fsdp < 1 and mesh.fsdp != -1):
         yield (
             f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}, mesh.tensor={mesh.tensor}: sizes are at least 1 (fsdp=-1 takes "
@@ -242,11 +245,18 @@ def _mesh(config: Config, device_count: int) -> Iterator[str]:
     if math.prod(shape) > device_count or fsdp < 1:
         needed = data * max(fsdp, 1) * tensor
         yield f"{_mesh_text(data, max(fsdp, 1), tensor)} needs {needed} devices; there are {device_count}"
-        return
-    if mesh.fsdp == -1 and device_count % (data * tensor):
+    elif mesh.fsdp == -1 and device_count % (data * tensor):
         yield (
             f"{_mesh_text(data, None, tensor)} does not divide the {device_count} devices; set mesh.fsdp to use fewer"
         )
+
+
+def _mesh(config: Config, device_count: int) -> Iterator[str]:
+    if found := [*_mesh_sizes(config, device_count)]:
+        yield from found
+        return
+    training = config.training
+    data, fsdp, tensor = mesh_shape(config.mesh, device_count)
     micro_batch = training.sequences_per_step // max(training.microbatches, 1)
     if micro_batch % (data * fsdp):
         shared = f" (the {tensor} devices of mesh.tensor share sequences)" if tensor > 1 else ""

@@ -282,3 +282,10 @@ def test_devices_that_share_sequences_are_of_one_process():
     assert config_checks.processes_problems(config, 8, 2) == []
     (problem,) = config_checks.processes_problems(config, 8, 4)
     assert "mesh.tensor=4 does not divide the 2 devices of a process" in problem
+
+
+@pytest.mark.parametrize("mesh", [{"tensor": 0}, {"tensor": 0, "fsdp": -1}, {"data": 0, "fsdp": -1}, {"tensor": 16}])
+def test_a_mesh_that_cannot_be_is_one_problem_of_several_processes_too(mesh):
+    config = small_config(mesh=mesh)
+    found = [*config_checks.problems(config, 8), *config_checks.processes_problems(config, 8, 2)]
+    assert len(found) == 1

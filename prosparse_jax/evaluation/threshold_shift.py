@@ -59,7 +59,7 @@ class ThresholdShift:
         }
 
 
-def _fatrelu_config(stored: Config, source: Path, paths: Sequence[str]) -> Config:
+def _fatrelu_config(stored: Config, source: Path, paths: Sequence[str], sequence_length: int | None) -> Config:
     name = stored.model.activation.name
     if stored.model.ffn_width == 0:
         raise ConfigError([f"{source} is a model without FFNs: there is no threshold to shift"])
@@ -67,6 +67,9 @@ def _fatrelu_config(stored: Config, source: Path, paths: Sequence[str]) -> Confi
         raise ConfigError(
             [f"{source} has activation {name}; the threshold shift needs relu, or fatrelu to replace its threshold"]
         )
+    training = stored.training
+    if sequence_length is not None:
+        training = dataclasses.replace(training, sequence_length=sequence_length)
     return _on_these_devices(
         dataclasses.replace(
             stored,
@@ -74,6 +77,7 @@ def _fatrelu_config(stored: Config, source: Path, paths: Sequence[str]) -> Confi
             # The penalty belongs to training; its schedule says nothing about the shifted model.
             sparsity=SparsityConfig(),
             data=dataclasses.replace(stored.data, paths=tuple(paths), prepared="") if paths else stored.data,
+            training=training,
         )
     )
 
@@ -118,10 +122,7 @@ def sweep_thresholds(
             [f"{path} is a Hugging Face directory; first: python scripts/convert_hf.py import {path} DIRECTORY"]
         )
     source = CheckpointSource(path)
-    config = _fatrelu_config(source.config, source.location, paths)
-    if sequence_length is not None:
-        training = dataclasses.replace(config.training, sequence_length=sequence_length)
-        config = dataclasses.replace(config, training=training)
+    config = _fatrelu_config(source.config, source.location, paths, sequence_length)
     program = build_program(config)
     tokens = prepare_tokens(config.data, tokenizer_from_files(source.assets, str(source.location)))
     length = config.training.sequence_length

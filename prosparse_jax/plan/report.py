@@ -37,11 +37,9 @@ def _heading(plan: Plan) -> Iterator[str]:
     step, training = plan.step, plan.step.config.training
     hosts = machines(step.gpus)
     where = f"{step.gpus} x {step.gpu}" + (f" in {hosts} machines" if hosts > 1 else "")
-    tensor = step.config.mesh.tensor
-    sharers = "a GPU" if tensor == 1 else f"for {tensor} GPUs (mesh.tensor)"
     yield f"{step.config.name} on {where}, compiled in {step.compile_seconds:.0f} s; nothing was run"
     yield (
-        f"{plan.micro_batch} x {training.sequence_length} tokens {sharers} at a time, {training.microbatches} "
+        f"{plan.micro_batch} x {training.sequence_length} tokens {_sharers(step.config)} at a time, {training.microbatches} "
         f"micro-batches, remat {training.remat}, attention {step.attention}"
     )
     if plan.times is not None and hosts > 1:
@@ -143,13 +141,19 @@ def print_search(trials: Sequence[Trial], plan: Plan, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
 
 
+def _sharers(config: Config) -> str:
+    """Who has the sequences of one micro-batch."""
+    return "a GPU" if config.mesh.tensor == 1 else f"for {config.mesh.tensor} GPUs (mesh.tensor)"
+
+
 def _suggestions(trials: Sequence[Trial], plan: Plan) -> Iterator[str]:
     largest, lightest, chosen = largest_micro_batch(trials), lightest_remat(trials), best(trials)
     if largest is None or lightest is None or chosen is None:
         yield "nothing that was tried fits: use more GPUs, GPUs with more memory, or shorter sequences"
         return
-    yield f"largest micro-batch that fits: {largest.micro_batch} a GPU, with remat {largest.remat}"
-    yield f"lightest remat that fits: {lightest.remat}, with {lightest.micro_batch} a GPU"
+    sharers = _sharers(plan.step.config)
+    yield f"largest micro-batch that fits: {largest.micro_batch} {sharers}, with remat {largest.remat}"
+    yield f"lightest remat that fits: {lightest.remat}, with {lightest.micro_batch} {sharers}"
     assert chosen.plan is not None, "what failed to compile does not fit"
     microbatches = chosen.plan.step.config.training.microbatches
     yield f"fastest by the model: --training.microbatches {microbatches} --training.remat {chosen.remat}"

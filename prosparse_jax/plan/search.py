@@ -30,7 +30,8 @@ class Trial:
 
 
 def micro_batches(config: Config, gpus: int) -> list[int]:
-    """Sequences a GPU that divide the step's, in ascending order; from each to the next at least doubled."""
+    """Sequences a GPU (with mesh.tensor: a group of GPUs) that divide the step's, in ascending order; from each to the
+    next at least doubled."""
     shards = batch_shards(config.mesh, gpus)
     share = config.training.sequences_per_step // shards
     found: list[int] = []

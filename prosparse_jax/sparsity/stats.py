@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 class FFNStatistics(NamedTuple):
     """Sums over the real tokens of each sequence, for one layer; stacked over layers (L, ...) by the scan.
 
-    Sums stay apart per sequence (B), so that no device has to talk to another inside the layer loop.
+    Sums stay apart per sequence (B), so that inside the layer loop no device has to talk to another but those that share
+    sequences.
     """
 
     absolute_sum_B: Float[Array, "B"]

@@ -98,7 +98,8 @@ def make_train_step(
 ) -> TrainStep:
     """Builds the step for batches with a leading micro-batch axis (A, B, T). Jit it with the state donated.
 
-    `batch_shards`: devices that a micro-batch is split over; only the "paper" reduction depends on it.
+    `batch_shards`: devices (or groups that share sequences) that a micro-batch is split over; only the "paper" reduction
+    depends on it.
     """
     factor_schedule = l1_schedule(config.sparsity.stages)
     rate_schedule = learning_rate_schedule(config.optimizer, config.training.steps)
