@@ -27,6 +27,7 @@ from prosparse_jax.checkpoint_integrity import DAMAGED, set_aside, storage_error
 from prosparse_jax.checkpoint_orbax import Files, orbax_calls
 from prosparse_jax.checkpoint_position import restore_position
 from prosparse_jax.checkpoint_room import ROOM_FIX, check_room
+from prosparse_jax.checkpoint_together import JointSave
 from prosparse_jax.checkpoint_trees import abstract, describe, named_leaves, nest, stored_leaves
 from prosparse_jax.errors import CheckpointError, SaveError
 from prosparse_jax.observe.files import delete_directory
@@ -134,7 +135,7 @@ class CheckpointStore:
         """Deletes the checkpoints of later steps. One process calls it, while no save is under way."""
         for later in _steps(self.directory):
             if later > step:
-                (self.directory / str(later)).rename(self.directory / f"{later}{_UNFINISHED}")
+                self._set_unfinished(later)
         self._remove_unfinished()
 
     def save(
@@ -175,12 +176,10 @@ class CheckpointStore:
                     "Continue from it, or choose another run_directory."
                 )
             check_room(self.directory, arrays, config, assets)
-        with self._reporting_failure(step):
-            response = ocp.save_checkpointables_async(
-                str(self.directory / str(step)),
-                {**arrays, "data": data_iterator, "config": config, "assets": Files(assets)},
-            )
-        self._pending = self._executor.submit(self._finish, step, response)
+        items = {**arrays, "data": data_iterator, "config": config, "assets": Files(assets)}
+        with self._reporting_failure(step), (joint := JointSave()).part(last=False):
+            response = ocp.save_checkpointables_async(str(self.directory / str(step)), items)
+        self._pending = self._executor.submit(self._finish, step, response, joint)
 
     def restore(
         self, step: int, *, parameters: PyTree, optimizer: PyTree, data_iterator: grain.DatasetIterator | None
@@ -224,12 +223,17 @@ class CheckpointStore:
         finally:
             self._executor.shutdown()
 
-    def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> None:
-        with self._reporting_failure(step):
+    def _finish(self, step: int, response: ocp.AsyncResponse[None], joint: JointSave) -> None:
+        with self._reporting_failure(step), joint.part(last=True):
             response.result()
         if jax.process_index() == 0:
-            with self._reporting_failure(step):
+            try:
                 checkpoint_integrity.write_manifest(self.directory / str(step))
+            except OSError as error:
+                told = (
+                    f"the checksums of the checkpoint of step {step} could not be written: {error}; it is used without"
+                )
+                raise SaveError(f"{told}. {ROOM_FIX}") from error
             try:
                 self._delete_old()
             except OSError as error:  # The save itself is good, and the next one tries again.
@@ -239,8 +243,7 @@ class CheckpointStore:
         for old in sorted(_steps(self.directory))[: -self._keep]:
             if self._keep_every and old % self._keep_every == 0:
                 continue
-            # Renamed first: a process killed while it deletes must not leave half of what looks complete.
-            (self.directory / str(old)).rename(self.directory / f"{old}{_UNFINISHED}")
+            self._set_unfinished(old)
         self._remove_unfinished()
 
     @contextlib.contextmanager
@@ -249,10 +252,20 @@ class CheckpointStore:
             with orbax_calls(f"the checkpoint of step {step} could not be written to {self.directory}"):
                 yield
         except CheckpointError as error:
-            self._remove_unfinished()
-            latest = self.latest_step()
+            self._withdraw(step)
+            latest = self.newest_step_until(step - 1)
             complete = "there is no complete one yet" if latest is None else f"that of step {latest} is complete"
             raise SaveError(f"{error}\n{complete}. {ROOM_FIX}") from error.__cause__
+
+    def _withdraw(self, step: int) -> None:
+        """Leaves nothing of a save that has failed: Orbax does not wait for all processes before it renames."""
+        if jax.process_index() == 0 and (self.directory / str(step)).exists():
+            self._set_unfinished(step)
+        self._remove_unfinished()
+
+    def _set_unfinished(self, step: int) -> None:
+        # Renamed first: a process killed while it deletes must not leave half of what looks complete.
+        (self.directory / str(step)).rename(self.directory / f"{step}{_UNFINISHED}")
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import math
+import sys
 from collections.abc import Awaitable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,11 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from prosparse_jax.checkpoint_together import SAVE_SECONDS
 from prosparse_jax.errors import CheckpointError
 
 TABLE_CHUNK_BYTES = 64 * 2**20
 """Of an embedding table or head."""
-_SAVE_BARRIER_SECONDS = 30 * 60
-"""How long processes that have written their part of a checkpoint wait for one that has not: its write may have failed,
-which they are not told. Far longer than parts of equal size can be apart."""
 
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
@@ -27,6 +26,18 @@ def _is_not_from_orbax(record: logging.LogRecord) -> bool:
 # Every background thread of a failed save logs its whole traceback through absl, thousands of lines for one full disk.
 # The same failure reaches the caller as one CheckpointError, so whatever Orbax logs would only be said twice.
 logging.getLogger("absl").addFilter(_is_not_from_orbax)
+
+_report_unraisable = sys.unraisablehook
+
+
+def _report_unless_late(unraisable: Any) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        _report_unraisable(unraisable)
+
+
+# A save that fails closes its event loop before TensorStore has ended all writes; each then wants to tell that loop of it,
+# and fails with a traceback that says nothing of the save.
+sys.unraisablehook = _report_unless_late
 
 
 class Files:
@@ -72,7 +83,7 @@ def _orbax_options() -> ocp.Context:
     options.array.saving.scoped_storage_options_creator = _layer_by_layer
     # Created in the background, a directory that cannot be made leaves threads behind that wait 5 minutes for it.
     options.asynchronous.create_directories_asynchronously = False
-    options.asynchronous.timeout_secs = _SAVE_BARRIER_SECONDS
+    options.asynchronous.timeout_secs = SAVE_SECONDS
     return options
 
 
@@ -87,7 +98,7 @@ def orbax_calls(failure: str) -> Iterator[None]:
         # Orbax wraps what went wrong on loading in a page about its registry.
         raise CheckpointError(f"{failure}: {error.__cause__ or error}") from error
     except jax.errors.JaxRuntimeError as error:
-        # From a barrier: another process failed. A lack of memory is for others to explain.
+        # From JAX's coordination service. A lack of memory is for others to explain.
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise CheckpointError(f"{failure}: {str(error).splitlines()[0]}") from error
