@@ -1,4 +1,4 @@
-"""Checkpoints on disk. The only file that knows Orbax (its v1 API).
+"""Checkpoints on disk, through Orbax (its v1 API; `checkpoint_orbax.py` sets it up).
 
 A checkpoint is one directory: `parameters/` and `optimizer/` (arrays, sharded), `data/` (state of the data iterator),
 `config/` (JSON) and `assets/` (plain files that travel with the weights: those of the tokenizer, and config.json and
@@ -11,11 +11,9 @@ them. Typed PRNG keys are stored as the uint32 data behind them.
 """
 
 import contextlib
-import functools
 import logging
-import math
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -26,8 +24,10 @@ from orbax.checkpoint import v1 as ocp
 
 from prosparse_jax import checkpoint_integrity
 from prosparse_jax.checkpoint_integrity import DAMAGED, set_aside, storage_error
+from prosparse_jax.checkpoint_orbax import Files, orbax_calls
 from prosparse_jax.checkpoint_position import restore_position
 from prosparse_jax.checkpoint_room import ROOM_FIX, check_room
+from prosparse_jax.checkpoint_together import JointSave
 from prosparse_jax.checkpoint_trees import abstract, describe, named_leaves, nest, stored_leaves
 from prosparse_jax.errors import CheckpointError, SaveError
 from prosparse_jax.observe.files import delete_directory
@@ -37,85 +37,7 @@ PyTree = Any
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 """What Orbax appends to the name of a directory that it has not finished."""
-TABLE_CHUNK_BYTES = 64 * 2**20
-"""Of an embedding table or head."""
-_SAVE_BARRIER_SECONDS = 30 * 60
-"""How long processes that have written their part of a checkpoint wait for one that has not: its write may have failed,
-which they are not told. Far longer than parts of equal size can be apart."""
 _log = logging.getLogger(__name__)
-
-
-def _is_not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in Path(record.pathname).parts
-
-
-# Every background thread of a failed save logs its whole traceback through absl, thousands of lines for one full disk.
-# The same failure reaches the caller as one CheckpointError, so whatever Orbax logs would only be said twice.
-logging.getLogger("absl").addFilter(_is_not_from_orbax)
-
-
-class _Files:
-    """Plain files as one item of a checkpoint: Orbax's StatefulCheckpointable protocol."""
-
-    def __init__(self, contents: Mapping[str, bytes]):
-        self._contents = contents
-
-    async def save(self, directory: Any) -> Awaitable[None]:
-        async def write() -> None:
-            path = Path(await directory.await_creation())
-            if jax.process_index() == 0:
-                for name, content in self._contents.items():
-                    (path / name).write_bytes(content)
-
-        return write()
-
-    async def load(self, directory: Any) -> Awaitable[None]:
-        raise NotImplementedError("files are read where they lie, by read_assets")
-
-
-def _layer_by_layer(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
-    """Stacked matrices are stored in chunks of one layer, and tables in blocks of rows, so that a conversion can read one
-    without the others."""
-    if getattr(value, "ndim", 0) not in (2, 3):
-        return None
-    shard = value.sharding.shard_shape(value.shape)
-    shard_bytes = math.prod(shard) * value.dtype.itemsize
-    if value.ndim == 2 and shard_bytes <= TABLE_CHUNK_BYTES:
-        return None
-    chunk_bytes = shard_bytes // shard[0] if value.ndim == 3 else TABLE_CHUNK_BYTES
-    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=max(1, chunk_bytes), shard_axes=(0,))
-
-
-@functools.cache
-def _orbax_options() -> ocp.Context:
-    options = ocp.Context()
-    options.checkpointables.registry = ocp.handlers.local_registry()
-    # Orbax would take a dict for a pytree of arrays.
-    options.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
-    # float32 weights shrink by less than a tenth, and zstd takes the cores that the next training steps need.
-    options.array.saving.use_compression = False
-    options.array.saving.scoped_storage_options_creator = _layer_by_layer
-    # Created in the background, a directory that cannot be made leaves threads behind that wait 5 minutes for it.
-    options.asynchronous.create_directories_asynchronously = False
-    options.asynchronous.timeout_secs = _SAVE_BARRIER_SECONDS
-    return options
-
-
-@contextlib.contextmanager
-def _orbax(failure: str) -> Iterator[None]:
-    """Runs Orbax calls with our options; what they raise becomes a CheckpointError that starts with `failure`."""
-    try:
-        # A training loop may forbid implicit transfers; here they are the purpose.
-        with _orbax_options(), jax.transfer_guard("allow"):
-            yield
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        # Orbax wraps what went wrong on loading in a page about its registry.
-        raise CheckpointError(f"{failure}: {error.__cause__ or error}") from error
-    except jax.errors.JaxRuntimeError as error:
-        # From a barrier: another process failed. A lack of memory is for others to explain.
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        raise CheckpointError(f"{failure}: {str(error).splitlines()[0]}") from error
 
 
 class CheckpointStore:
@@ -213,7 +135,7 @@ class CheckpointStore:
         """Deletes the checkpoints of later steps. One process calls it, while no save is under way."""
         for later in _steps(self.directory):
             if later > step:
-                (self.directory / str(later)).rename(self.directory / f"{later}{_UNFINISHED}")
+                self._set_unfinished(later)
         self._remove_unfinished()
 
     def save(
@@ -254,12 +176,10 @@ class CheckpointStore:
                     "Continue from it, or choose another run_directory."
                 )
             check_room(self.directory, arrays, config, assets)
-        with self._reporting_failure(step):
-            response = ocp.save_checkpointables_async(
-                str(self.directory / str(step)),
-                {**arrays, "data": data_iterator, "config": config, "assets": _Files(assets)},
-            )
-        self._pending = self._executor.submit(self._finish, step, response)
+        items = {**arrays, "data": data_iterator, "config": config, "assets": Files(assets)}
+        with self._reporting_failure(step), (joint := JointSave()).part(last=False):
+            response = ocp.save_checkpointables_async(str(self.directory / str(step)), items)
+        self._pending = self._executor.submit(self._finish, step, response, joint)
 
     def restore(
         self, step: int, *, parameters: PyTree, optimizer: PyTree, data_iterator: grain.DatasetIterator | None
@@ -303,12 +223,17 @@ class CheckpointStore:
         finally:
             self._executor.shutdown()
 
-    def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> None:
-        with self._reporting_failure(step):
+    def _finish(self, step: int, response: ocp.AsyncResponse[None], joint: JointSave) -> None:
+        with self._reporting_failure(step), joint.part(last=True):
             response.result()
         if jax.process_index() == 0:
-            with self._reporting_failure(step):
+            try:
                 checkpoint_integrity.write_manifest(self.directory / str(step))
+            except OSError as error:
+                told = (
+                    f"the checksums of the checkpoint of step {step} could not be written: {error}; it is used without"
+                )
+                raise SaveError(f"{told}. {ROOM_FIX}") from error
             try:
                 self._delete_old()
             except OSError as error:  # The save itself is good, and the next one tries again.
@@ -318,20 +243,29 @@ class CheckpointStore:
         for old in sorted(_steps(self.directory))[: -self._keep]:
             if self._keep_every and old % self._keep_every == 0:
                 continue
-            # Renamed first: a process killed while it deletes must not leave half of what looks complete.
-            (self.directory / str(old)).rename(self.directory / f"{old}{_UNFINISHED}")
+            self._set_unfinished(old)
         self._remove_unfinished()
 
     @contextlib.contextmanager
     def _reporting_failure(self, step: int) -> Iterator[None]:
         try:
-            with _orbax(f"the checkpoint of step {step} could not be written to {self.directory}"):
+            with orbax_calls(f"the checkpoint of step {step} could not be written to {self.directory}"):
                 yield
         except CheckpointError as error:
-            self._remove_unfinished()
-            latest = self.latest_step()
+            self._withdraw(step)
+            latest = self.newest_step_until(step - 1)
             complete = "there is no complete one yet" if latest is None else f"that of step {latest} is complete"
             raise SaveError(f"{error}\n{complete}. {ROOM_FIX}") from error.__cause__
+
+    def _withdraw(self, step: int) -> None:
+        """Leaves nothing of a save that has failed: Orbax does not wait for all processes before it renames."""
+        if jax.process_index() == 0 and (self.directory / str(step)).exists():
+            self._set_unfinished(step)
+        self._remove_unfinished()
+
+    def _set_unfinished(self, step: int) -> None:
+        # Renamed first: a process killed while it deletes must not leave half of what looks complete.
+        (self.directory / str(step)).rename(self.directory / f"{step}{_UNFINISHED}")
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
@@ -367,7 +301,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def read_config(checkpoint: Path) -> dict:
     """The resolved configuration of the run that wrote `checkpoint`. Raises CheckpointError if it is not there."""
-    with _orbax(f"{checkpoint} is not a complete checkpoint, its config cannot be read"):
+    with orbax_calls(f"{checkpoint} is not a complete checkpoint, its config cannot be read"):
         return ocp.load_checkpointables(str(checkpoint.absolute()), {"config": None})["config"]
 
 
@@ -401,11 +335,11 @@ def write_inference_checkpoint(
     if directory.exists():
         raise CheckpointError(f"{directory} is there already; delete it or choose another directory")
     arrays = nest(stored_leaves({"parameters": parameters}))
-    with _orbax(f"the checkpoint {directory} could not be written"):
+    with orbax_calls(f"the checkpoint {directory} could not be written"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         check_room(directory.parent, arrays, config, assets)
         try:
-            ocp.save_checkpointables(str(directory), {**arrays, "config": config, "assets": _Files(assets)})
+            ocp.save_checkpointables(str(directory), {**arrays, "config": config, "assets": Files(assets)})
         except BaseException:
             delete_directory(Path(f"{directory}{_UNFINISHED}"))
             raise
@@ -418,7 +352,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _stored_shapes(checkpoint: Path, kinds: list[str]) -> dict[str, jax.ShapeDtypeStruct]:
-    with _orbax(f"{checkpoint} is not a complete checkpoint, its {' and '.join(kinds)} cannot be read"):
+    with orbax_calls(f"{checkpoint} is not a complete checkpoint, its {' and '.join(kinds)} cannot be read"):
         stored = {kind: ocp.metadata(str(checkpoint.absolute()), kind).metadata for kind in kinds}
     # A lost index is None to Orbax and no error; unnoticed, it would look like the checkpoint of another model.
     if None in jax.tree.leaves(stored, is_leaf=lambda leaf: leaf is None):
@@ -440,7 +374,7 @@ def _load(checkpoint: Path, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
     if differences:
         head = f"{checkpoint} is of another model or optimizer; {len(differences)} arrays differ:"
         raise CheckpointError("\n".join([head, *differences]))
-    with _orbax(f"{checkpoint} is damaged"):
+    with orbax_calls(f"{checkpoint} is damaged"):
         loaded = named_leaves(ocp.load_checkpointables(str(checkpoint.absolute()), nest(wanted_stored)))
     leaves = [
         loaded[name] if name in loaded else jax.numpy.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)

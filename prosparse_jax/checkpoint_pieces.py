@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from prosparse_jax import checkpoint
+from prosparse_jax.checkpoint_orbax import TABLE_CHUNK_BYTES
 from prosparse_jax.errors import CheckpointError
 from prosparse_jax.observe.files import atomic_directory
 
@@ -101,7 +102,7 @@ def _create(directory: Path, name: str, shape: tuple[int, ...], dtype: np.dtype)
         chunk = (1, *shape[1:])
     else:
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        chunk = (min(shape[0], max(1, checkpoint.TABLE_CHUNK_BYTES // row_bytes)), *shape[1:])
+        chunk = (min(shape[0], max(1, TABLE_CHUNK_BYTES // row_bytes)), *shape[1:])
     metadata = {
         "shape": shape,
         "data_type": dtype.name,

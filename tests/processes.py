@@ -2,12 +2,14 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +156,15 @@ def wait_until(process: subprocess.Popen, condition: Callable[[], object]) -> No
             process.kill()
             pytest.fail(f"{process.args}: waited {PATIENCE} s in vain:\n{process.communicate()}")
         time.sleep(0.0005)
+
+
+def printed_until(process: subprocess.Popen, text: str) -> list[str]:
+    """The lines that it prints before the one that holds `text`; all, if it ends or is silent for too long."""
+    ending = threading.Timer(PATIENCE, process.kill)
+    ending.start()
+    printed = list(itertools.takewhile(lambda line: text not in line, process.stdout))
+    ending.cancel()
+    return printed
 
 
 def stop_when(process: subprocess.Popen, condition: Callable[[], object]) -> None:

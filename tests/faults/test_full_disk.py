@@ -1,14 +1,13 @@
 """A full disk: the run goes on, what was saved stays, messages say what to do, and with room again all is as if nothing
 had been."""
 
-import itertools
 import resource
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.processes import Scripts, assert_same_run, finish, lines, parameters, steps, stop_when
+from tests.processes import Scripts, assert_same_run, finish, lines, parameters, printed_until, steps, stop_when
 
 pytestmark = pytest.mark.faults
 
@@ -66,7 +65,7 @@ def test_room_that_comes_back(scripts, reference):
     full = (run / "metrics.jsonl").stat().st_size + 100
     limit = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
     process.send_signal(signal.SIGCONT)
-    printed = list(itertools.takewhile(lambda line: "The run goes on" not in line, process.stdout))
+    printed = printed_until(process, "The run goes on")
     process.send_signal(signal.SIGSTOP)
     assert steps(run / "metrics.jsonl")[-1] < 30
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)

@@ -1,14 +1,20 @@
 """Two processes on this machine, connected as those of two machines are: they train what one trains, save one checkpoint
-together, stop together, and go on in another number."""
+together or fail to, stop together, and go on in another number."""
 
+import json
+import resource
 import signal
 import socket
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.processes import Scripts, finish, lines, steps, wait_until
+from prosparse_jax import checkpoint_integrity
+from tests.faults import joint_saves
+from tests.processes import PATIENCE, UNFINISHED, Scripts, finish, lines, printed_until, steps, stop_when, wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.sharding]
 
@@ -18,6 +24,15 @@ TOLERANCE = 3e-4
 RESEED = "--data.on-topology-change=reseed"
 
 
+def places(count: int) -> list[dict[str, str]]:
+    """What a launcher would tell each process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    return [shared | {"JAX_PROCESS_ID": str(index)} for index in range(count)]
+
+
 def start(
     scripts: Scripts,
     count: int,
@@ -25,13 +40,9 @@ def start(
     environments: dict[int, dict[str, str]] | None = None,
     recipes=None,
 ):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     started = []
-    for index in range(count):
-        env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        env |= (environments or {}).get(index, {})
+    for index, place in enumerate(places(count)):
+        env = place | (environments or {}).get(index, {})
         recipe = (recipes or {}).get(index, scripts.recipe)
         started.append(scripts.start("train", "--config", recipe, f"--mesh.data={count}", *arguments, env=env))
     return started
@@ -102,3 +113,89 @@ def test_settings_that_do_not_fit_several_processes(scripts):
         assert "uses 2 of the 8 devices of 2 processes" in process.stderr
         assert "a micro-batch of 3 sequences does not split over 2 processes" in process.stderr
         assert "compiled" not in process.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_one_process_cannot_write_fails_on_both_and_the_run_goes_on(scripts, reference, failing):
+    run = scripts.directory / "runs" / "tiny"
+    quiet = {"PYTHONDONTWRITEBYTECODE": "1"}  # The limit would leave halves of modules behind, for all later processes.
+    processes = start(scripts, 2, environments={0: quiet, 1: quiet})
+    victim = processes[failing].pid
+    stop_when(processes[failing], lambda: (run / "checkpoints" / "2").is_dir())
+    # Room for the small files that the process writes, and not for its share of the arrays.
+    full = (run / "metrics.jsonl").stat().st_size + 100
+    limit = resource.prlimit(victim, resource.RLIMIT_FSIZE, (full, resource.RLIM_INFINITY))
+    processes[failing].send_signal(signal.SIGCONT)
+    printed = printed_until(processes[0], "The run goes on")
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    assert steps(run / "metrics.jsonl")[-1] < 30
+    resource.prlimit(victim, resource.RLIMIT_FSIZE, limit)
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    ended(processes)
+    (told,) = [line for line in printed if "could not be written" in line]
+    assert f"process {failing}: [Errno 27] File too large" in told
+    failed = int(told.partition("the checkpoint of step ")[2].split()[0])
+    assert any(line.startswith(f"that of step {failed - 2} is complete") for line in printed), printed
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["28", "30"]
+    for step in ("28", "30"):
+        assert not checkpoint_integrity.damage(run / "checkpoints" / step)
+    np.testing.assert_allclose(losses(run), losses(reference), rtol=TOLERANCE)
+
+
+def test_a_save_is_that_of_all_processes_or_of_none(scripts):
+    """Three processes save without training; see joint_saves.py for what goes wrong at which step."""
+    directory = scripts.directory / "checkpoints"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, joint_saves.__file__, str(directory)],
+            env=scripts.environment(PYTHONPATH=str(Path(__file__).parents[2]), **place),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for place in places(3)
+    ]
+    told = [
+        [json.loads(line) for line in process.stdout.splitlines() if line[:1] == "{"] for process in ended(processes)
+    ]
+    assert [line["held"] for line in told[0]] == [["1"], ["1"], ["1"], ["1"], ["1", "5"], ["1", "5"], ["5", "7"]]
+    for saves in told:
+        failures = {save["step"]: save["failure"] for save in saves}
+        assert [step for step, failure in failures.items() if not failure] == [1, 5, 7]
+        assert "process 1: the position cannot be written\nthat of step 1 is complete" in failures[2]
+        assert "process 2: the position cannot be read\n" in failures[3]
+        assert "process 0: the first one fails\n" in failures[4]
+        assert f"process 1 has not written its part within {joint_saves.PATIENCE_SECONDS} s" in failures[6]
+        assert "\nthat of step 5 is complete" in failures[6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_in_a_save_ends_the_other_one(scripts, victim):
+    run = scripts.directory / "runs" / "tiny"
+    with scripts.recipe.open("a") as recipe:  # JAX waits for 100 s by default; the rest is as it is.
+        told = "functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)"
+        recipe.write(f"\nimport functools, jax\njax.distributed.initialize = {told}\n")
+    processes = start(scripts, 2, "--checkpoint.every=4")
+    checkpoints = run / "checkpoints"
+
+    def saving() -> bool:
+        complete = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
+        unfinished = [int(path.name.partition(".")[0]) for path in checkpoints.glob(UNFINISHED)]
+        return bool(complete) and max(unfinished, default=0) > max(complete)
+
+    stop_when(processes[victim], saving)
+    processes[victim].kill()
+    processes[victim].communicate()
+    other = processes[1 - victim]
+    _, error = other.communicate(timeout=PATIENCE)
+    assert other.returncode == -signal.SIGABRT
+    assert "another task died" in error
+    assert victim == 0 or "unhealthy (stopped sending heartbeats):\n1\n" in error
+    newest = max(int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal())
+    resumed = scripts.run("train", "--resume", RESEED)
+    assert f"resuming from the checkpoint of step {newest}" in resumed.stdout
+    assert not list(checkpoints.glob(UNFINISHED))

@@ -1,0 +1,153 @@
+"""A save by several processes: it succeeds on all of them or fails on all, soon after it has failed on one.
+
+In a save Orbax's processes wait for each other again and again, and one whose write has failed does not come. Orbax has
+no way to tell the others (its v1 API, 0.12.8), so that they would wait until their time is over, and training with them.
+So for the time of a save its barriers are kept here, in the key-value store of JAX's coordination service, where each
+process also leaves word of how its part has ended; one that waits sees that, and stops. Orbax offers no hook for it:
+`JointSave` replaces the client through which all its waiting goes.
+
+What is left: a process that fails in one item of a checkpoint says so once its other items are through their barriers.
+If another one fails in just those items and not in the first, both wait until `SAVE_SECONDS` are over.
+"""
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+from orbax.checkpoint._src.futures import signaling_client
+
+from prosparse_jax.errors import CheckpointError
+
+SAVE_SECONDS = 30 * 60
+"""How long a save may take. Far longer than parts of equal size can be apart."""
+_LAST_WORDS_SECONDS = 60
+"""How much later a process has to say how its part has ended; else it counts as lost."""
+_LONGEST_PAUSE_SECONDS = 0.5
+_LONGEST_REASON = 2000
+"""Characters."""
+_WRITTEN, _STOPPED = "written", "stopped"
+"""How a part ends that is written, and one that only another process's failure has stopped."""
+_FAILED = "failed: "
+_numbers = itertools.count()
+"""Of saves. All processes begin the same ones."""
+
+
+class _StoppedError(Exception):
+    """Raised where Orbax waits, after another process has failed."""
+
+
+class JointSave:
+    """One save of all processes: from before Orbax begins with it until all know how it has ended.
+
+    There may be one at a time, and all processes must begin it. A single process has nothing to exchange.
+    """
+
+    def __init__(self) -> None:
+        if jax.process_count() == 1:
+            self._client = None
+            return
+        number = next(_numbers)
+        self._place = f"prosparse_jax/save/{number}"
+        self._deadline = time.monotonic() + SAVE_SECONDS
+        # All of Orbax asks this function of its for the client.
+        signaling_client.get_signaling_client = _client  # pyrefly: ignore
+        self._client = _client()
+        if jax.process_index() == 0:
+            self._client.key_value_delete(f"prosparse_jax/save/{number - 1}/")  # All have left that one.
+        self._client.save = self
+
+    @contextlib.contextmanager
+    def part(self, *, last: bool) -> Iterator[None]:
+        """What this process does for the save, in one or more blocks. A block that fails is always the last one.
+
+        Raises CheckpointError, on all processes, with the number of each that has failed and why, once all have ended
+        their parts: nobody then writes any more.
+        """
+        if self._client is None:
+            yield
+            return
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if failure is None and not last:
+            return
+        told = self._end(failure)
+        if failure is not None and not isinstance(failure, (_StoppedError, ValueError, KeyError, TypeError, OSError)):
+            raise failure
+        if told:
+            raise CheckpointError(told) from None
+
+    def meet(self, place: str) -> None:
+        """Waits until all processes have come to the place of this name, which each comes to once.
+
+        Raises _StoppedError as soon as one of them cannot come because its part has failed.
+        """
+        self._gather(f"at {place}", "here", self._deadline, stopping=True)
+
+    def _end(self, failure: Exception | None) -> str:
+        """Tells how this process's part has ended. What has failed, once all have told; empty if nothing has."""
+        word = _WRITTEN
+        if failure is not None:
+            word = _STOPPED if isinstance(failure, _StoppedError) else _FAILED + _reason(failure)
+        try:
+            words = self._gather("ends", word, self._deadline + _LAST_WORDS_SECONDS, stopping=False)
+        finally:
+            assert self._client is not None
+            self._client.save = None
+        return "; ".join(
+            f"process {process}: {word.removeprefix(_FAILED)}"
+            for process, word in sorted(words.items())
+            if word.startswith(_FAILED)
+        )
+
+    def _gather(self, topic: str, word: str, deadline: float, *, stopping: bool) -> dict[int, str]:
+        """The words of all processes on a topic, after this one has given its own."""
+        assert self._client is not None
+        self._client.key_value_set(f"{self._place}/{topic}/{jax.process_index()}", word)
+        began = time.monotonic()
+        while True:
+            words = self._words(topic)
+            if len(words) == jax.process_count():
+                return words
+            if stopping and any(word != _WRITTEN for word in self._words("ends").values()):
+                raise _StoppedError("another process could not write its part")
+            now = time.monotonic()
+            if now > deadline:
+                missing = ", ".join(str(process) for process in range(jax.process_count()) if process not in words)
+                raise TimeoutError(f"process {missing} has not written its part within {SAVE_SECONDS} s")
+            # Most waits are short, and few of them are many requests at a time for process 0.
+            time.sleep(min(_LONGEST_PAUSE_SECONDS, 0.002 + (now - began) / 8))
+
+    def _words(self, topic: str) -> dict[int, str]:
+        assert self._client is not None
+        entries = self._client.key_value_dir_get(f"{self._place}/{topic}/")
+        return {int(key.rpartition("/")[2]): word for key, word in entries}
+
+
+class _Client(signaling_client.JaxDistributedSignalingClient):
+    """Orbax's own client, except that its barriers are those of the save that is under way."""
+
+    save: JointSave | None = None
+
+    def wait_at_barrier(self, key: str, *, timeout_secs: int, process_ids: Sequence[int] | None = None) -> None:
+        if (save := self.save) is None:
+            super().wait_at_barrier(key, timeout_secs=timeout_secs, process_ids=process_ids)
+        else:
+            save.meet(key)
+
+
+@functools.cache
+def _client() -> _Client:
+    return _Client()
+
+
+def _reason(error: Exception) -> str:
+    text = str(error.__cause__ or error)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        text = text.splitlines()[0]
+    return text[:_LONGEST_REASON] or repr(error)

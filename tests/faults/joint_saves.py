@@ -1,0 +1,92 @@
+"""One of several processes that save into one directory, in which a part of a save fails on one of them. A script.
+
+`python joint_saves.py DIRECTORY`, with the JAX_ variables of a launcher. Prints one line of JSON for each save: its step,
+what it failed with, if so, and, in process 0, what the directory then holds.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from prosparse_jax import checkpoint, checkpoint_together
+from prosparse_jax.errors import CheckpointError
+from prosparse_jax.parallel import distributed
+
+ROWS, COLUMNS = 24, 32
+HANGS_AT = 6
+PATIENCE_SECONDS = 3
+
+
+def given_up(directory: Path) -> Path:
+    """Is there once a process has given up waiting for the one that hangs."""
+    return directory.with_name("given up")
+
+
+class Position:
+    """Stands for a data iterator, whose state each process writes itself; fails as the step demands."""
+
+    def __init__(self, directory: Path, step: int):
+        self._directory, self._step, self._process = directory, step, jax.process_index()
+
+    async def save(self, directory):
+        if (self._step, self._process) == (3, 2):
+            raise OSError("the position cannot be read")  # Before anything is written in the background.
+
+        async def write():
+            path = Path(await directory.await_creation())
+            if (self._step, self._process) == (2, 1):
+                while not (self._directory / "2").exists():  # The others are done: process 0 has given it its name.
+                    await asyncio.sleep(0.01)
+                raise OSError("the position cannot be written")
+            if (self._step, self._process) == (4, 0):
+                raise OSError("the first one fails")
+            if (self._step, self._process) == (HANGS_AT, 1):
+                while not given_up(self._directory).exists():
+                    await asyncio.sleep(0.01)
+            (path / f"process_{self._process}.json").write_text("{}")
+
+        return write()
+
+    async def load(self, directory):
+        raise NotImplementedError
+
+
+def rows(scale: float) -> jax.Array:
+    whole = scale * np.arange(ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS)
+    sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("fsdp",)), PartitionSpec("fsdp"))
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+
+
+def main(directory: Path) -> None:
+    assert distributed.connect() is not None
+    with checkpoint.CheckpointStore(directory, keep=2) as store:
+        for step in range(1, 8):
+            if step == HANGS_AT:
+                checkpoint_together.SAVE_SECONDS, checkpoint_together._LAST_WORDS_SECONDS = PATIENCE_SECONDS, 1
+            failure = ""
+            try:
+                store.save(
+                    step,
+                    parameters={"w": rows(step)},
+                    optimizer={"m": rows(-step)},
+                    data_iterator=Position(directory, step),  # pyrefly: ignore
+                    config={"step": step},
+                    assets={"a": b"asset"},
+                )
+                store.wait()
+            except CheckpointError as error:
+                failure = str(error)
+            held = sorted(path.name for path in directory.iterdir()) if distributed.is_first() else []
+            print(json.dumps({"step": step, "failure": failure, "held": held}), flush=True)
+            if step == HANGS_AT:
+                given_up(directory).touch()
+                checkpoint_together.SAVE_SECONDS = 600
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
