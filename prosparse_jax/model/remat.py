@@ -1,6 +1,6 @@
 """Rematerialisation policies by name: what the forward pass keeps for the backward pass.
 
-Memory and recomputed FLOPs of each at 7B size are in docs/performance.md.
+Memory and time of each at 7B size are in docs/plan.md ("What was tried").
 """
 
 from collections.abc import Callable
