@@ -256,14 +256,15 @@ class _Loop:
             for leaf in jax.tree.leaves((self.state.parameters, self.state.optimizer)):
                 leaf.delete()
             self.state, self.saved = _restored(self.program, self.store, target, None), target
-            # Only now, so that a target that cannot be read costs none of the others.
-            if distributed.is_first():
-                self.store.discard_after(target)
             self.rollbacks.add(trouble, target)
-            if self.writer is not None:
-                self.rollbacks.write(directory)
-                self.writer.rewind(target)
-            distributed.any_process(False)  # The others read the record only after it has been cut.
+            # Only now, so that a target that cannot be read costs none of the others; and the others read the record only
+            # after it has been cut.
+            with distributed.together("cut the run back to that checkpoint"):
+                if distributed.is_first():
+                    self.store.discard_after(target)
+                if self.writer is not None:
+                    self.rollbacks.write(directory)
+                    self.writer.rewind(target)
             self._look_at_health_from(target)
         self.progress.message(
             f"back to the checkpoint of step {target}; the {trouble.last - target} batches since then are skipped"

@@ -199,3 +199,27 @@ def test_a_process_that_dies_in_a_save_ends_the_other_one(scripts, victim):
     resumed = scripts.run("train", "--resume", RESEED)
     assert f"resuming from the checkpoint of step {newest}" in resumed.stdout
     assert not list(checkpoints.glob(UNFINISHED))
+
+
+# A learning rate that is far too high, and every loss above the median is a spike.
+SPIKES = ("--survival.on-trouble=rollback", "--survival.max-rollbacks=1", "--survival.spike-sigma=0.01",
+          "--survival.spike-window=4", "--logging.every=1", "--checkpoint.every=2", "--checkpoint.keep=20",
+          "--optimizer.peak-lr=0.3", "--optimizer.warmup-steps=12")  # fmt: skip
+
+
+def test_two_processes_roll_back_together(scripts):
+    first, second = ended(start(scripts, 2, *SPIKES), code=2)
+    run = scripts.directory / "runs" / "tiny"
+    (entry,) = json.loads((run / "rollbacks.json").read_text())
+    assert f"back to the checkpoint of step {entry['restored_step']}" in first.stdout
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [*range(1, len(lines(run / "metrics.jsonl")) + 1)]
+    # Both have judged the same steps.
+    assert "stopped, after 1 rollbacks" in first.stderr
+    assert first.stderr.splitlines()[-1] == second.stderr.splitlines()[-1]
+
+
+def test_a_rollback_that_one_process_cannot_write_ends_all(scripts):
+    (scripts.directory / "runs" / "tiny" / "rollbacks.json").mkdir(parents=True)
+    first, second = ended(start(scripts, 2, *SPIKES), code=2)
+    assert "rollbacks.json" in first.stderr
+    assert "process 0 could not cut the run back to that checkpoint" in second.stderr
