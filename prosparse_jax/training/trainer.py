@@ -361,6 +361,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             rollbacks = Rollbacks.read(directory, start)
             if first:
                 write_json_atomic(directory / "config.json", config_to_dict(config))
+                _begin_summary(directory)
                 writer = stack.enter_context(
                     MetricsWriter(directory, tensorboard=config.logging.tensorboard, resume_step=start)
                 )
@@ -413,6 +414,12 @@ def _finish(loop: _Loop, compiles: CompileCounter, step: int, interrupted: bool)
     if (directory / TRAINING_FILE).stat().st_size:
         plot_run(directory)
     return RunResult(directory, step, interrupted, summary)
+
+
+def _begin_summary(directory: Path) -> None:
+    """Launchers start a run again until it is finished: one that goes on to more steps is not, even if it is killed now."""
+    if earlier := _summary_of(directory):
+        write_json_atomic(directory / "summary.json", earlier | {"finished": False})
 
 
 def _summary_of(directory: Path) -> dict[str, Any]:
