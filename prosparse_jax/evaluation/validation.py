@@ -20,7 +20,6 @@ from prosparse_jax.training.losses import (
     perplexity,
     ratio,
     sums_by_source,
-    token_losses,
 )
 
 
@@ -75,16 +74,21 @@ def make_validate(model_config: ModelConfig, graphdef: nnx.GraphDef, sources: in
 
     def one_setting(parameters: dict[str, Any], batch: Batch, activation_parameter_L: Float[Array, "L"]):
         model = nnx.merge(graphdef, parameters)
-        logits_BTV, statistics = model(
-            batch.inputs, batch.mask, activation_parameter_L, documents=batch.documents, count_neurons=True
+        loss, loss_B, statistics = model.losses(
+            batch.inputs,
+            batch.targets,
+            batch.mask,
+            batch.loss_mask,
+            activation_parameter_L,
+            documents=batch.documents,
+            count_neurons=True,
         )
-        loss_B = token_losses(logits_BTV, batch.targets, batch.loss_mask)
         active_L, neuron_LF = jnp.zeros(shape_LF[:1]), jnp.zeros(shape_LF)
         if statistics is not None:
             active_L = jnp.sum(statistics.active_count_B, axis=-1)
             # Whole on every device, so that every process has it.
             neuron_LF = jax.sharding.reshard(jnp.sum(statistics.neuron_count_BF, axis=1), PartitionSpec())
-        return jnp.sum(loss_B), active_L, neuron_LF, sums_by_source(batch, loss_B, statistics, sources)
+        return loss, active_L, neuron_LF, sums_by_source(batch, loss_B, statistics, sources)
 
     @jax.jit
     def validate(parameters, batch, activation_parameter_SL):

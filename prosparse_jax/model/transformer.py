@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from prosparse_jax.activations import ACTIVATIONS
 from prosparse_jax.config import ModelConfig, Remat
 from prosparse_jax.model.attention import Documents, causal_attention
+from prosparse_jax.model.cross_entropy import head_losses
 from prosparse_jax.model.remat import GATE, MIDDLE, QKV, UP, checkpoint_name, recompute, rematerialise
 from prosparse_jax.model.rope import rotary_tables, rotate
 from prosparse_jax.parallel.sharding import ShardingRules, Split
@@ -230,6 +231,39 @@ class CausalLM(nnx.Module):
         `activation_parameter_L` is the threshold or shift of each layer (`activation_parameters(model)`). With
         `documents` each document of a sequence gets the logits it has alone.
         """
+        x_BTD, head_VD, statistics = self._final(tokens_BT, mask_BT, activation_parameter_L, documents, count_neurons)
+        return unembed(x_BTD, head_VD, self.model, self.options), statistics
+
+    def losses(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        targets_BT: Int[Array, "B T"],
+        mask_BT: Float[Array, "B T"],
+        loss_mask_BT: Float[Array, "B T"],
+        activation_parameter_L: Float[Array, "L"],
+        *,
+        documents: Documents | None = None,
+        count_neurons: bool = False,
+    ) -> tuple[Float[Array, ""], Float[Array, "B"], FFNStatistics | None]:
+        """Cross-entropy of the targets where loss_mask is 1, in nats, float32, and the statistics of `__call__`.
+
+        The sum over all of them; the sum of each sequence, which has no gradient; the statistics. The logits of many
+        tokens of a large vocabulary are never in memory at once, as those of `__call__` are.
+        """
+        x_BTD, head_VD, statistics = self._final(tokens_BT, mask_BT, activation_parameter_L, documents, count_neurons)
+        x_BTD = x_BTD / self.model.logits_divisor
+        loss, loss_BT = head_losses(x_BTD, head_VD, targets_BT, loss_mask_BT, self.options.sharding)
+        return loss, jnp.sum(loss_BT, axis=-1), statistics
+
+    def _final(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        mask_BT: Float[Array, "B T"],
+        activation_parameter_L: Float[Array, "L"],
+        documents: Documents | None,
+        count_neurons: bool,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"], FFNStatistics | None]:
+        """The normalised residual stream after the last layer, the head's matrix, and the statistics."""
         sharding = self.options.sharding
         tokens_BT = jax.sharding.reshard(tokens_BT, sharding.tokens(2))
         mask_BT = jax.sharding.reshard(mask_BT, sharding.sequences(2))
@@ -247,8 +281,7 @@ class CausalLM(nnx.Module):
             body, x_BTD, (self.layers, activation_parameter_L), unroll=self.options.layer_unroll
         )
         head_VD = embedding_VD if self.model.tie_embeddings else self._gather_table(self.head)
-        logits_BTV = unembed(self.norm(x_BTD), head_VD, self.model, self.options)
-        return logits_BTV, statistics
+        return self.norm(x_BTD), head_VD, statistics
 
 
 def activation_parameters(model: ModelConfig) -> Float[Array, "L"]:

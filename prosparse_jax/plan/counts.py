@@ -23,14 +23,19 @@ class Flops:
     """Operations of matrix products on one device; a multiply and an add are two."""
 
     matmul: float = 0.0
+    float32: float = 0.0
+    """Of `matmul`, what has float32 operands; GPUs make such products in TF32, at half the rate."""
     attention: float = 0.0
     """Of fused attention kernels: under a causal mask half of the products, as these kernels skip the rest."""
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.matmul + other.matmul, self.attention + other.attention)
+        return Flops(*(mine + theirs for mine, theirs in zip(self._values(), other._values(), strict=True)))
 
     def __mul__(self, times: int) -> "Flops":
-        return Flops(self.matmul * times, self.attention * times)
+        return Flops(*(value * times for value in self._values()))
+
+    def _values(self) -> tuple[float, ...]:
+        return (self.matmul, self.float32, self.attention)
 
     @property
     def total(self) -> float:
@@ -53,7 +58,7 @@ class Collective:
 def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> Flops:
     """Of one run; a fusion counts what is in it, a loop nothing."""
     if instruction.opcode == "dot":
-        return Flops(matmul=_dot_flops(computation, instruction))
+        return _product(computation, instruction, _dot_flops(computation, instruction))
     if instruction.opcode == "custom-call":
         return _call_flops(computation, instruction)
     if base_opcode(instruction) == "fusion":
@@ -92,7 +97,13 @@ def _call_flops(computation: Computation, call: Instruction) -> Flops:
         return Flops(attention=_attention_flops(computation, call, settings["cudnn_fmha_backend_config"], target[1]))
     axes = settings["gemm_backend_config"]["dot_dimension_numbers"]["lhs_contracting_dimensions"]
     left = computation[call.operands[0]].arrays[0]
-    return Flops(matmul=2.0 * math.prod(call.arrays[0].shape) * math.prod(left.shape[int(axis)] for axis in axes))
+    flops = 2.0 * math.prod(call.arrays[0].shape) * math.prod(left.shape[int(axis)] for axis in axes)
+    return _product(computation, call, flops)
+
+
+def _product(computation: Computation, product: Instruction, flops: float) -> Flops:
+    operands = [computation[name].arrays[0].dtype for name in product.operands[:2]]
+    return Flops(matmul=flops, float32=flops if "f32" in operands else 0.0)
 
 
 def _attention_flops(computation: Computation, call: Instruction, settings: dict, target: str) -> float:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from prosparse_jax.model.cross_entropy import SCOPE
 from prosparse_jax.observe.flops import model_flops_per_token
 from prosparse_jax.parallel.mesh import batch_shards
 from prosparse_jax.plan.counts import collective_of, program_flops
@@ -176,7 +177,8 @@ def memory_parts(step: CompiledStep) -> dict[str, int]:
     activations = gradients = 0
     for site in step.module.all_sites:
         loop = site.instruction
-        if loop.opcode != "while":
+        # What the loop over the head's chunks adds up is soon used: temporaries.
+        if loop.opcode != "while" or SCOPE in loop.op_name:
             continue
         changed = step.module.changed_elements(loop)
         if "transpose(" in loop.op_name:

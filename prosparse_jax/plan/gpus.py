@@ -31,7 +31,7 @@ class GPU:
     memory: int
     """Bytes that the driver reports."""
     matmul_flops: float
-    """Dense bfloat16 with float32 accumulation."""
+    """Dense bfloat16 with float32 accumulation. TF32 has half of it."""
     memory_bandwidth: float
     link_bandwidth: float
     """Bytes to the other GPUs of the machine (NVLink)."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from prosparse_jax.errors import PlanError
+from prosparse_jax.model.cross_entropy import SCOPE
 
 _BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32, "s64": 64,
@@ -94,7 +95,7 @@ class Site:
     @property
     def where(self) -> str:
         """Part of a training step: "forward loop" and "backward loop" over layers, "micro-batch" around them, "step"."""
-        names = " ".join(loop.op_name for loop in self.loops)
+        names = " ".join(loop.op_name for loop in self.loops if SCOPE not in loop.op_name)
         if "transpose(" in names:
             return "backward loop"
         if "jvp(" in names:

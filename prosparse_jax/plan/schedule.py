@@ -142,5 +142,7 @@ class _Walk:
             share = efficiency.attention_backward if backward else efficiency.attention_forward
             return Times(attention=max(flops.attention / (rates.matmul_flops * share), memory))
         if flops.matmul:
-            return Times(matmul=max(flops.matmul / (rates.matmul_flops * efficiency.matmul), memory))
+            # TF32 has half the rate of bfloat16 on all of `GPUS`.
+            in_bfloat16 = flops.matmul + flops.float32
+            return Times(matmul=max(in_bfloat16 / (rates.matmul_flops * efficiency.matmul), memory))
         return Times(memory=memory)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 from prosparse_jax.model.attention import Documents
@@ -66,14 +65,6 @@ def perplexity(loss: float) -> float:
 def ratio(total: float, count: float) -> float:
     """total / count; NaN without a count."""
     return total / count if count else math.nan
-
-
-def token_losses(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], loss_mask_BT: Float[Array, "B T"]
-) -> Float[Array, "B"]:
-    """Sum over the counted targets of each sequence of -log p(target), in nats, float32."""
-    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)
-    return jnp.sum(losses_BT * loss_mask_BT, axis=-1)
 
 
 def sums_by_source(

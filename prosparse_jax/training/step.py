@@ -15,7 +15,7 @@ from prosparse_jax.model.transformer import activation_parameters
 from prosparse_jax.sparsity.penalty import l1_scale
 from prosparse_jax.sparsity.schedule import l1_schedule
 from prosparse_jax.sparsity.stats import sparsity_per_layer
-from prosparse_jax.training.losses import Batch, SourceSums, sums_by_source, token_losses
+from prosparse_jax.training.losses import Batch, SourceSums, sums_by_source
 from prosparse_jax.training.optimizer import learning_rate_schedule
 from prosparse_jax.training.state import Parameters, TrainState
 
@@ -64,11 +64,15 @@ def _step_gradients(config: Config, graphdef: nnx.GraphDef) -> Callable[..., tup
     def micro_objective(parameters: Parameters, batch: Batch, loss_tokens, penalty_factor):
         """This micro-batch's part of the step's objective: parts add up, whatever their sizes."""
         model = nnx.merge(graphdef, parameters)
-        logits_BTV, statistics = model(
-            batch.inputs, batch.mask, activation_parameters(model_config), documents=batch.documents
+        loss_sum, loss_B, statistics = model.losses(
+            batch.inputs,
+            batch.targets,
+            batch.mask,
+            batch.loss_mask,
+            activation_parameters(model_config),
+            documents=batch.documents,
         )
-        loss_B = token_losses(logits_BTV, batch.targets, batch.loss_mask)
-        loss_sum, by_source = jnp.sum(loss_B), sums_by_source(batch, loss_B, statistics, sources)
+        by_source = sums_by_source(batch, loss_B, statistics, sources)
         sums = _Sums(loss_sum, zeros_L, zeros_L, by_source)
         if statistics is not None:
             absolute_L = jnp.sum(statistics.absolute_sum_B, axis=-1)

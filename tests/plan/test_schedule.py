@@ -9,9 +9,10 @@ from prosparse_jax.plan.gpus import GPUS
 from prosparse_jax.plan.hlo import Module
 from prosparse_jax.plan.schedule import HARD, Efficiency, step_times, wire_seconds
 
-# Round rates: a product of 1000 x 1000 matrices takes 2 s, and 1000 x 1000 floats (4 MB) 1 s on a wire of eight.
+# Round rates: a product of 1000 x 1000 matrices takes 1 s, 2 s in float32 (TF32), and 1000 x 1000 floats (4 MB) 1 s on a
+# wire of eight.
 GPU = dataclasses.replace(
-    GPUS["a100-80"], matmul_flops=1e9, memory_bandwidth=12e6, link_bandwidth=3.5e6, network_bandwidth=1e6
+    GPUS["a100-80"], matmul_flops=2e9, memory_bandwidth=12e6, link_bandwidth=3.5e6, network_bandwidth=1e6
 )
 
 PROGRAM = """
@@ -67,6 +68,22 @@ def test_walk(between, efficiency, matmul, communication, exposed):
     assert times.memory == times.attention == 0
     assert times.scheduled == pytest.approx(matmul + exposed)
     assert times.overlapped == pytest.approx(max(matmul, communication))
+
+
+@pytest.mark.parametrize(("x", "w", "seconds"), [("bf16", "bf16", 1), ("f32", "f32", 2), ("bf16", "f32", 2)])
+def test_products_of_float32_operands_take_twice_the_time(x, w, seconds):
+    text = f"""
+HloModule product
+
+ENTRY %main (x: {x}[1000,1000], w: {w}[1000,1000]) -> f32[1000,1000] {{
+  %x = {x}[1000,1000]{{1,0}} parameter(0)
+  %w = {w}[1000,1000]{{1,0}} parameter(1)
+  ROOT %y = f32[1000,1000]{{1,0}} dot(%x, %w), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+"""
+    # The data sheet of the A100: 312 TFLOP/s in bfloat16, 156 in TF32.
+    fast_memory = dataclasses.replace(GPU, memory_bandwidth=1e12)
+    assert step_times(Module(text), fast_memory, HARD).matmul == pytest.approx(seconds)
 
 
 def test_a_product_of_few_rows_is_bound_by_memory():
