@@ -187,8 +187,6 @@ class DataConfig:
     """Attention stays inside a document, and positions begin anew in each."""
     on_bad_record: Literal["fail", "skip"] = "fail"
     """skip: records and files that cannot be used are left out, counted, and reported."""
-    on_topology_change: Literal["refuse", "reseed"] = "refuse"
-    """When a run is resumed by another number of processes. reseed: the order of the data begins anew."""
     prefetch: int = 2
     """Batches that a thread of its own makes ahead. 0: each is made when it is wanted."""
     validation_share: float = 0.05

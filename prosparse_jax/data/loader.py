@@ -1,9 +1,7 @@
 """Batches: the endless training order, whose place a checkpoint holds, and the fixed validation batches."""
 
-import json
-import logging
 import zlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -15,26 +13,26 @@ from prosparse_jax.data.packing import Example, Packed, examples_without_text, p
 from prosparse_jax.data.token_cache import TokenizedSource
 from prosparse_jax.errors import DataError
 
-_log = logging.getLogger(__name__)
-
 Batch = dict[str, np.ndarray]
 """What `packing.Example` names, with a leading axis of B sequences."""
 
 
 class TrainingDataset(grain.IterDataset):
-    """Endless batches of the mixture, each a pure function of the seed, its number and the processes.
+    """Endless batches of the mixture, each a pure function of the seed and its number.
+
+    Several processes share every batch: together they have the same sequences in it as one process has alone.
 
     Every sequence is of one source. Sources take turns so that their real tokens come in the proportion of the weights;
     each visits all its sequences once an epoch, in an order of its own for every epoch.
 
-    The state of its iterator says which batch comes next and what batches are counted in, so that it continues exactly, or
-    not at all where tokens, weights, packing, sequence length, batch size or seed have changed.
+    The state of its iterator says which batch comes next and what batches are counted in, so that it continues exactly, in
+    any number of processes, or not at all where tokens, weights, packing, sequence length, batch size or seed have changed.
 
     Args:
       sources: at least one.
-      data: packing, document masks, prefetching, and what happens when the number of processes has changed.
+      data: packing, document masks and prefetching.
       sequence_length: T.
-      batch_size: sequences of one step over all processes.
+      batch_size: sequences of one step over all processes, a multiple of process_count.
       seed: any integer from 0 to 2**32 - 1.
       process_index, process_count: this process gets every process_count-th sequence of a step.
 
@@ -55,9 +53,8 @@ class TrainingDataset(grain.IterDataset):
     ):
         super().__init__()
         assert batch_size % process_count == 0, (batch_size, process_count)
-        self.batch_size, self.first_seed, self.process_count = batch_size, seed, process_count
-        self.reseeds = data.on_topology_change == "reseed"
-        self._process_index, self._prefetch = process_index, data.prefetch
+        self.batch_size, self._seed = batch_size, seed
+        self._process_index, self._process_count, self._prefetch = process_index, process_count, data.prefetch
         self.names = tuple(source.name for source in sources)
         self.packed = [
             pack(source.train, data, source=index, sequence_length=sequence_length, seed=_seed_of(seed, source.name))
@@ -84,15 +81,16 @@ class TrainingDataset(grain.IterDataset):
     def __iter__(self) -> "TrainingIterator":
         return TrainingIterator(self)
 
-    def ordered(self, order_seed: int) -> grain.DatasetIterator[Batch]:
-        """The batches of this process in the order that a seed makes, from the first one on."""
+    def own_batches(self) -> grain.DatasetIterator[Batch]:
+        """What this process has of each batch, (B / process_count, T), from the first batch on."""
         sequences = [
-            grain.MapDataset.source(packed).seed(_seed_of(order_seed, name)).shuffle().repeat()
+            grain.MapDataset.source(packed).seed(_seed_of(self._seed, name)).shuffle().repeat()
             for packed, name in zip(self.packed, self.names, strict=True)
         ]
         mixed = grain.MapDataset.select_from_datasets(sequences, self.interleaving)
-        mine = mixed[self._process_index :: self.process_count]
-        batches = mine.batch(self.batch_size // self.process_count, drop_remainder=True)
+        # Every batch is the next batch_size items of `mixed`, whatever the number of processes.
+        mine = mixed[self._process_index :: self._process_count]
+        batches = mine.batch(self.batch_size // self._process_count, drop_remainder=True)
         threads = 1 if self._prefetch else 0
         return iter(
             batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch))
@@ -100,41 +98,30 @@ class TrainingDataset(grain.IterDataset):
 
 
 class TrainingIterator(grain.DatasetIterator):
-    """Iterates over a `TrainingDataset`. Its state is the same in all processes."""
+    """Iterates over a `TrainingDataset`. Its state is the same in all processes, and for every number of them."""
 
     def __init__(self, dataset: TrainingDataset):
         super().__init__()
         self._dataset = dataset
-        self._order_seed = dataset.first_seed
-        self._batches = self._in_order = 0
-        self._inner = dataset.ordered(dataset.first_seed)
+        self._own_batches = dataset.own_batches()
 
     def __next__(self) -> Batch:
-        batch = next(self._inner)
-        self._batches += 1
-        self._in_order += 1
-        return batch
+        return next(self._own_batches)
 
     def epochs(self) -> dict[str, float]:
-        """How often every source has been visited so far: 1.5 is one and a half times.
-
-        After a change of processes that began a new order, counted from there.
-        """
-        counts = self._dataset.interleaving.counts(self._in_order * self._dataset.batch_size)
+        """How often every source has been visited since the run began: 1.5 is one and a half times."""
+        batches = grain.experimental.get_next_index(self._own_batches)
+        counts = self._dataset.interleaving.counts(batches * self._dataset.batch_size)
         lengths = map(len, self._dataset.packed)
         return {name: n / length for name, n, length in zip(self._dataset.names, counts, lengths, strict=True)}
 
     def get_state(self) -> dict[str, Any]:
-        return {
-            "batches": self._batches,
-            "batches_in_order": self._in_order,
-            "order_seed": self._order_seed,
-            "position": self._inner.get_state(),
-            "processes": self._dataset.process_count,
-            "counted_in": dict(self._dataset.counted_in),
-        }
+        """JSON-able: how many batches were taken, and what they are counted in."""
+        batches = grain.experimental.get_next_index(self._own_batches)
+        return {"batches": batches, "counted_in": dict(self._dataset.counted_in)}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to the batch that a state names, at once. Raises DataError if it is counted in other data."""
         saved = state["counted_in"]
         changed = [
             f"{key} is {self._dataset.counted_in.get(key)}, was {saved.get(key)}"
@@ -146,41 +133,7 @@ class TrainingIterator(grain.DatasetIterator):
                 f"the checkpoint's place in the training data does not fit this run: {'; '.join(changed)}. "
                 "Set it back to continue exactly, or start a new run from the checkpoint's weights with init_from."
             )
-        self._batches = state["batches"]
-        if state["processes"] != self._dataset.process_count:
-            self._begin_new_order(state)
-            return
-        self._order_seed, self._in_order = state["order_seed"], state["batches_in_order"]
-        self._inner = self._dataset.ordered(self._order_seed)
-        self._inner.set_state(state["position"])
-
-    def _begin_new_order(self, state: dict[str, Any]) -> None:
-        now, before = self._dataset.process_count, state["processes"]
-        lost = (
-            "the order of the data begins anew: sequences that this epoch has visited may come again before the others, and "
-            "epochs are counted from here"
-        )
-        if not self._dataset.reseeds:
-            raise DataError(
-                f"the checkpoint was written by {before} processes, and this run has {now}. Use {before} to continue "
-                f'exactly, or set data.on_topology_change="reseed": then {lost}.'
-            )
-        _log.warning("the run continues with %d processes instead of %d: %s", now, before, lost)
-        # Depends on where the run was, or a second change would repeat the first order.
-        self._order_seed = _seed_of(state["order_seed"], f"after {self._batches} batches, {now} processes")
-        self._in_order = 0
-        self._inner = self._dataset.ordered(self._order_seed)
-
-    async def load(self, directory: Any) -> Awaitable[None]:
-        """As Orbax asks; reads what another number of processes has written too."""
-
-        async def read() -> None:
-            files = sorted(directory.glob("process_*-of-*.json"))
-            if not files:
-                raise DataError(f"{directory} does not hold the place of a run in its data")
-            self.set_state(json.loads(files[0].read_text()))
-
-        return read()
+        grain.experimental.set_next_index(self._own_batches, state["batches"])
 
 
 def training_iterator(
@@ -196,9 +149,8 @@ def training_iterator(
     """Iterator of `TrainingDataset`: endless batches, with a state that Orbax saves and restores.
 
     Raises:
-      DataError: fewer sequences than one batch. From `set_state`: the state is of other data or another seed, or (with
-        data.on_topology_change="refuse") of another number of processes; Orbax wraps it, as the `__cause__` of an error of
-        its own.
+      DataError: fewer sequences than one batch. From `set_state`: the state is of other data or another seed; Orbax wraps
+        it, as the `__cause__` of an error of its own.
     """
     dataset = TrainingDataset(
         sources, data, sequence_length=sequence_length, batch_size=batch_size, seed=seed,

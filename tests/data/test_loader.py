@@ -1,6 +1,7 @@
 """Epochs against sets, and the iterator's state against Grain and Orbax."""
 
 import itertools
+import json
 import threading
 
 import grain
@@ -9,6 +10,7 @@ import pytest
 from grain._src.python.testing.experimental import assert_equal_output_after_checkpoint
 from orbax.checkpoint import v1 as ocp
 
+from prosparse_jax.checkpoint_position import restore_position
 from prosparse_jax.config import DataConfig
 from prosparse_jax.data.loader import TrainingDataset, training_iterator, validation_batches
 from prosparse_jax.errors import DataError
@@ -216,9 +218,17 @@ def test_batch_i_is_a_function_of_the_seed_and_i():
     """Reached by taking all before it, or by a state that no iterator has had."""
     walked = next(itertools.islice(mixed(), 57, None))
     jumped = mixed()
-    state = jumped.get_state()
-    jumped.set_state(state | {"position": {"next_index": 57}, "batches": 57, "batches_in_order": 57})
+    jumped.set_state(jumped.get_state() | {"batches": 57})
     assert_same_batches([next(jumped)], [walked])
+
+
+def test_a_place_far_ahead_is_reached_at_once():
+    """Without the ten thousand million sequences before it, in one process and in three."""
+    state = mixed().get_state() | {"batches": 10**9}
+    alone, *others = [mixed(), *(mixed(process_index=index, process_count=3) for index in range(3))]
+    for process in (alone, *others):
+        process.set_state(state)
+    assert_same_batches([together(others)], [next(alone)])
 
 
 def test_processes_share_every_batch_between_them():
@@ -230,46 +240,63 @@ def test_processes_share_every_batch_between_them():
         assert {len(part[number]["inputs"]) for part in parts} == {4}
 
 
-def test_another_number_of_processes_is_refused():
-    saved = mixed(process_index=1, process_count=3)
-    next(saved)
-    with pytest.raises(
-        DataError, match=r"written by 3 processes, and this run has 2\. .*on_topology_change.*come again"
-    ):
-        mixed(process_index=0, process_count=2).set_state(saved.get_state())
+def together(processes) -> dict[str, np.ndarray]:
+    """The next batch of all processes, its sequences in the order of one process alone."""
+    parts = [next(process) for process in processes]
+    return {
+        key: np.stack([part[key] for part in parts], axis=1).reshape(-1, *parts[0][key].shape[1:]) for key in parts[0]
+    }
 
 
-def test_or_begins_a_new_order_that_all_processes_agree_on(caplog):
-    data = DataConfig(on_topology_change="reseed")
-    saved = mixed(data)
-    for _ in range(7):
-        next(saved)
-    reseeded = [mixed(data, process_index=i, process_count=2) for i in range(2)]
-    with caplog.at_level("WARNING", logger="prosparse_jax"):
-        for each in reseeded:
-            each.set_state(saved.get_state())
-    assert "2 processes instead of 1" in caplog.text
-    assert "may come again" in caplog.text
-    assert reseeded[0].epochs() == {"a": 0, "b": 0, "c": 0}
-    first = [next(each) for each in reseeded]
-    # Both halves of one order: no sequence twice, and not the order that the run began with.
-    rows = {tuple(row) for batch in first for row in batch["inputs"]}
-    assert len(rows) == 12
-    assert rows != {tuple(row) for row in next(mixed(data))["inputs"]}
-    # From here on it continues exactly.
-    continued = mixed(data, process_index=1, process_count=2)
-    continued.set_state(reseeded[1].get_state())
-    assert_same_batches(itertools.islice(continued, 5), list(itertools.islice(reseeded[1], 5)))
+def handed_over(processes, count, data):
+    """The same run in `count` processes from here on; every process of it takes the state of another one."""
+    states = [json.dumps(process.get_state()) for process in processes]
+    assert len(set(states)) == 1
+    fresh = [mixed(data, process_index=index, process_count=count) for index in range(count)]
+    for index, process in enumerate(fresh):
+        next(process)  # What was read ahead must not be left.
+        process.set_state(json.loads(states[index % len(states)]))
+    return fresh
 
 
-def test_orbax_restores_what_another_number_of_processes_wrote(tmp_path):
-    data = DataConfig(on_topology_change="reseed")
-    ocp.save_checkpointables(tmp_path / "checkpoint", {"data": mixed(data, process_index=0, process_count=2)})
+@pytest.mark.parametrize(
+    "data", [DataConfig(), DataConfig(prefetch=0), BEST_FIT], ids=["", "no read-ahead", "best_fit"]
+)
+def test_a_run_in_changing_numbers_of_processes_is_the_run_of_one(data):
+    """Source c, the smallest, is visited 11 times meanwhile, and every change is in the middle of an epoch."""
+    alone, processes = mixed(data), [mixed(data)]
+    for count, batches in ((1, 3), (2, 5), (3, 4), (4, 7), (3, 1), (2, 6), (4, 11), (1, 17)):
+        processes = handed_over(processes, count, data)
+        for _ in range(batches):
+            assert_same_batches([together(processes)], [next(alone)])
+            assert all(process.epochs() == alone.epochs() for process in processes)
+    assert alone.get_state()["batches"] == 54
+
+
+def test_an_epoch_in_changing_numbers_of_processes_visits_every_sequence_once():
+    """60 sequences, against the set: 5 batches of 12 in each epoch."""
+    rows: list[tuple[int, ...]] = []
+    state = mixed(sources=SOURCES[:1]).get_state()
+    for count in (3, 1, 4, 2, 1, 3, 2, 4, 1, 3):
+        processes = [mixed(sources=SOURCES[:1], process_index=i, process_count=count) for i in range(count)]
+        for process in processes:
+            process.set_state(state)
+        rows += [tuple(row) for process in processes for row in next(process)["inputs"]]
+        state = processes[-1].get_state()
+    assert len({*rows[:60]}) == len({*rows[60:]}) == 60
+    assert {*rows[:60]} == {*rows[60:]}
+
+
+def test_a_position_of_another_number_of_processes_is_restored(tmp_path):
+    written = mixed(process_index=0, process_count=2)
+    for _ in range(5):
+        next(written)
+    ocp.save_checkpointables(tmp_path / "checkpoint", {"data": written})
     (file,) = (tmp_path / "checkpoint" / "data").glob("process_*.json")
-    file.rename(file.with_name("process_0-of-2.json"))
-    restored = mixed(data)
-    ocp.load_checkpointables(tmp_path / "checkpoint", {"data": restored})
-    assert restored.get_state()["order_seed"] != 3
+    file.rename(file.with_name("process_0-of-2.json"))  # Grain names it by the processes that there really are.
+    alone, restored = mixed(), mixed()
+    restore_position(tmp_path / "checkpoint", restored)
+    assert_same_batches(itertools.islice(restored, 5), list(itertools.islice(alone, 10))[5:])
 
 
 def test_a_changed_mixture_is_refused():

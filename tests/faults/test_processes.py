@@ -1,5 +1,5 @@
-"""Two processes on this machine, connected as those of two machines are: they train what one trains, save one checkpoint
-together or fail to, stop together, and go on in another number."""
+"""Several processes on this machine, connected as those of several machines are: they train what one trains, save one
+checkpoint together or fail to, stop together, and go on in another number with the text that one would have read."""
 
 import json
 import re
@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.sharding]
 # Sums over two devices are added in another order; over 30 steps of Adam that grows to 3e-5 of the loss. A batch of which
 # one process trains the wrong half shows as 1e-2 in the first steps.
 TOLERANCE = 3e-4
-RESEED = "--data.on-topology-change=reseed"
 
 
 def places(count: int) -> list[dict[str, str]]:
@@ -57,14 +56,28 @@ def losses(run):
     return np.array([line["loss"] for line in lines(run / "metrics.jsonl")])
 
 
+def stopped_at(
+    step: int, processes: list[subprocess.Popen], run: Path
+) -> tuple[int, list[subprocess.CompletedProcess]]:
+    """Asks the last process to stop once `step` is done: the step after which all of them have, and what they print."""
+    wait_until(processes[0], lambda: steps(run / "metrics.jsonl")[-1:] >= [step])
+    processes[-1].send_signal(signal.SIGTERM)
+    done = ended(processes)
+    return steps(run / "metrics.jsonl")[-1], done
+
+
+def assert_trained_as(run: Path, reference: Path) -> None:
+    """Every step is there once, with the same text as in `reference`, and its loss as far as rounding allows."""
+    assert steps(run / "metrics.jsonl") == steps(reference / "metrics.jsonl")
+    epochs, expected = ([line["epochs"] for line in lines(one / "metrics.jsonl")] for one in (run, reference))
+    assert epochs == expected
+    np.testing.assert_allclose(losses(run), losses(reference), rtol=TOLERANCE)
+
+
 def test_two_processes_train_save_stop_and_go_on_alone(scripts, reference):
     run = scripts.directory / "runs" / "tiny"
-    processes = start(scripts, 2, "--checkpoint.every", 1000)
-    wait_until(processes[0], lambda: len(steps(run / "metrics.jsonl")) >= 5)
     # The second process is asked, both stop at the same step and save together.
-    processes[1].send_signal(signal.SIGTERM)
-    first, second = ended(processes)
-    stopped = steps(run / "metrics.jsonl")[-1]
+    stopped, (first, second) = stopped_at(5, start(scripts, 2, "--checkpoint.every", 1000), run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(stopped)]
     assert f"stopped at step {stopped}, saved" in first.stdout
     # Gloo itself says one line; the run says nothing there.
@@ -73,28 +86,33 @@ def test_two_processes_train_save_stop_and_go_on_alone(scripts, reference):
     data = run / "checkpoints" / str(stopped) / "data"
     assert sorted(path.name for path in data.iterdir()) == ["process_0-of-2.json", "process_1-of-2.json"]
 
-    refused = scripts.run("train", "--resume", code=2)
-    assert "on_topology_change" in refused.stderr
-    alone = scripts.run("train", "--resume", RESEED)
+    alone = scripts.run("train", "--resume")
     assert f"resuming from the checkpoint of step {stopped}" in alone.stdout
     assert "mesh.data: 2 -> 1" in alone.stdout
-    assert steps(run / "metrics.jsonl") == list(range(1, 31))
-    # From here on the text comes in another order; a lost state would start again at 5.7.
-    assert losses(run)[-1] == pytest.approx(losses(reference)[-1], abs=0.2)
+    assert_trained_as(run, reference)
 
 
-def test_a_run_of_one_process_goes_on_in_two(scripts, finished):
-    """The checkpoint of another run's middle, so that the state is one that was trained."""
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_in_two_and_then_in_four(scripts, reference):
     run = scripts.directory / "runs" / "tiny"
-    scripts.run("train", "--training.steps=20")
-    one = losses(run)
-    processes = start(scripts, 2, "--resume", RESEED, "--training.steps=26", "--logging.evaluate-every=1000")
-    first, _ = ended(processes)
-    assert "resuming from the checkpoint of step 20" in first.stdout
-    assert steps(run / "metrics.jsonl") == list(range(1, 27))
-    np.testing.assert_array_equal(losses(run)[:20], one)
-    positions = {path.name for path in (run / "checkpoints" / "26" / "data").iterdir()}
-    assert positions == {"process_0-of-2.json", "process_1-of-2.json"}
+    rare = "--checkpoint.every=1000"
+    one, _ = stopped_at(5, [scripts.start("train", rare)], run)
+    np.testing.assert_array_equal(losses(run), losses(reference)[:one])
+    two, (first, _) = stopped_at(one + 5, start(scripts, 2, "--resume", rare), run)
+    assert f"resuming from the checkpoint of step {one}" in first.stdout
+    first, *_ = ended(start(scripts, 4, "--resume", rare))
+    assert f"resuming from the checkpoint of step {two}" in first.stdout
+    assert one < two < 30
+    assert_trained_as(run, reference)
+
+
+def test_a_run_does_not_go_on_in_processes_that_cannot_share_its_batches(scripts, finished):
+    """Four sequences a step."""
+    for process in ended(
+        start(scripts, 3, "--resume", f"--run-directory={finished.directory / 'runs' / 'tiny'}"), code=2
+    ):
+        assert "a micro-batch of 4 sequences does not split over 3 processes" in process.stderr
+        assert "compiled" not in process.stdout
 
 
 def test_processes_with_different_configurations_stop_before_they_compile(scripts):
@@ -206,7 +224,7 @@ def test_a_process_that_dies_in_a_save_ends_the_other_one(scripts, victim):
     assert "another task died" in error
     assert victim == 0 or "unhealthy (stopped sending heartbeats):\n1\n" in error
     newest = max(int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal())
-    resumed = scripts.run("train", "--resume", RESEED)
+    resumed = scripts.run("train", "--resume")
     assert f"resuming from the checkpoint of step {newest}" in resumed.stdout
     assert not list(checkpoints.glob(UNFINISHED))
 
