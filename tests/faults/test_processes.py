@@ -126,8 +126,9 @@ def test_settings_that_do_not_fit_several_processes(scripts):
 def test_tensor_groups_in_two_processes_train_what_one_device_trains(scripts, reference):
     """And save together what goes on without tensor groups. Each group is of one process, and has half of the batch."""
     run = scripts.directory / "runs" / "tiny"
-    mesh = ("--mesh.data=1", "--mesh.fsdp=2", "--mesh.tensor=2", "--checkpoint.every=1000")
-    processes = start(scripts, 2, *mesh, environments=devices(scripts, 2))
+    mesh = ("--mesh.data=1", "--mesh.fsdp=2", "--mesh.tensor=2")
+    rare = ("--checkpoint.every=1000", "--logging.profile-start=2", "--logging.profile-steps=1")
+    processes = start(scripts, 2, *mesh, *rare, environments=devices(scripts, 2))
     wait_until(processes[0], lambda: len(steps(run / "metrics.jsonl")) >= 5)
     processes[0].send_signal(signal.SIGTERM)
     ended(processes)
@@ -136,6 +137,9 @@ def test_tensor_groups_in_two_processes_train_what_one_device_trains(scripts, re
     for item in ("parameters", "optimizer"):
         shares = (run / "checkpoints" / str(stopped) / item).glob("ocdbt.process_*")
         assert {path.name for path in shares} == {"ocdbt.process_0", "ocdbt.process_1"}
+    for process in (0, 1):
+        (profile,) = (run / "profile" / f"step_2_process_{process}").rglob("*.xplane.pb")
+        assert profile.stat().st_size
     first, _ = ended(start(scripts, 2, "--resume", "--checkpoint.every=1000"))
     for axis, before, now in (("data", 1, 2), ("fsdp", 2, 1), ("tensor", 2, 1)):
         assert f"mesh.{axis}: {before} -> {now}" in first.stdout
