@@ -123,6 +123,7 @@ def test_settings_that_do_not_fit_several_processes(scripts):
         assert "compiled" not in process.stdout
 
 
+@pytest.mark.slow
 def test_tensor_groups_in_two_processes_train_what_one_device_trains(scripts, reference):
     """And save together what goes on without tensor groups. Each group is of one process, and has half of the batch."""
     run = scripts.directory / "runs" / "tiny"
