@@ -225,7 +225,7 @@ class CheckpointStore:
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None], joint: JointSave) -> None:
         with self._reporting_failure(step), joint.part(last=True):
-            response.result()
+            joint.result(response)
         if jax.process_index() == 0:
             try:
                 checkpoint_integrity.write_manifest(self.directory / str(step))

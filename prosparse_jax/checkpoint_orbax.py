@@ -1,5 +1,6 @@
 """Orbax (its v1 API) as this project uses it: what is stored how, and what its errors become."""
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -31,7 +32,10 @@ _report_unraisable = sys.unraisablehook
 
 
 def _report_unless_late(unraisable: Any) -> None:
-    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+    called = unraisable.exc_traceback.tb_frame.f_code if unraisable.exc_traceback else None
+    # No Python code has called it: a coroutine or a destructor that fails so has an object, and frames of its own.
+    is_native_call = unraisable.object is None and called is asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+    if not (is_native_call and str(unraisable.exc_value) == "Event loop is closed"):
         _report_unraisable(unraisable)
 
 

@@ -3,11 +3,9 @@
 In a save Orbax's processes wait for each other again and again, and one whose write has failed does not come. Orbax has
 no way to tell the others (its v1 API, 0.12.8), so that they would wait until their time is over, and training with them.
 So for the time of a save its barriers are kept here, in the key-value store of JAX's coordination service, where each
-process also leaves word of how its part has ended; one that waits sees that, and stops. Orbax offers no hook for it:
-`JointSave` replaces the client through which all its waiting goes.
-
-What is left: a process that fails in one item of a checkpoint says so once its other items are through their barriers.
-If another one fails in just those items and not in the first, both wait until `SAVE_SECONDS` are over.
+process also leaves word that something of its part has failed, and of how the part has ended; one that waits sees the
+first, and stops. Orbax offers no hook for it: `JointSave` replaces the client through which all its waiting goes, and
+looks into the response of a save for the moment of its first failure.
 """
 
 import contextlib
@@ -15,8 +13,10 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 import jax
+from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures import signaling_client
 
 from prosparse_jax.errors import CheckpointError
@@ -28,9 +28,8 @@ _LAST_WORDS_SECONDS = 60
 _LONGEST_PAUSE_SECONDS = 0.5
 _LONGEST_REASON = 2000
 """Characters."""
-_WRITTEN, _STOPPED = "written", "stopped"
-"""How a part ends that is written, and one that only another process's failure has stopped."""
-_FAILED = "failed: "
+_ENDED, _FAILED = "ended", "failed: "
+"""How a part ends that is written, or that only another process's failure has stopped; and one that failed itself."""
 _numbers = itertools.count()
 """Of saves. All processes begin the same ones."""
 
@@ -82,18 +81,37 @@ class JointSave:
         if told:
             raise CheckpointError(told) from None
 
+    def result(self, response: ocp.AsyncResponse[None]) -> None:
+        """Waits for what Orbax writes in the background, and tells of a failure as soon as one item has it.
+
+        Orbax itself raises it when its other items have ended too, and those may be waiting for a process that has
+        failed in them and waits for this one in the item that has failed here.
+        """
+        if self._client is not None:
+            response._thread_runner._future.add_done_callback(self._see)  # pyrefly: ignore
+        response.result()
+
+    def _see(self, done: Future[None]) -> None:
+        if done.exception() is not None:
+            self._stop_all()
+
+    def _stop_all(self) -> None:
+        assert self._client is not None
+        self._client.key_value_set(f"{self._place}/stop/{jax.process_index()}", "failed", allow_overwrite=True)
+
     def meet(self, place: str) -> None:
         """Waits until all processes have come to the place of this name, which each comes to once.
 
-        Raises _StoppedError as soon as one of them cannot come because its part has failed.
+        Raises _StoppedError as soon as something of the part of one of them, be it this one, has failed.
         """
         self._gather(f"at {place}", "here", self._deadline, stopping=True)
 
     def _end(self, failure: Exception | None) -> str:
         """Tells how this process's part has ended. What has failed, once all have told; empty if nothing has."""
-        word = _WRITTEN
-        if failure is not None:
-            word = _STOPPED if isinstance(failure, _StoppedError) else _FAILED + _reason(failure)
+        word = _ENDED
+        if failure is not None and not isinstance(failure, _StoppedError):
+            word = _FAILED + _reason(failure)
+            self._stop_all()
         try:
             words = self._gather("ends", word, self._deadline + _LAST_WORDS_SECONDS, stopping=False)
         finally:
@@ -114,8 +132,8 @@ class JointSave:
             words = self._words(topic)
             if len(words) == jax.process_count():
                 return words
-            if stopping and any(word != _WRITTEN for word in self._words("ends").values()):
-                raise _StoppedError("another process could not write its part")
+            if stopping and self._words("stop"):
+                raise _StoppedError("a process could not write its part")
             now = time.monotonic()
             if now > deadline:
                 missing = ", ".join(str(process) for process in range(jax.process_count()) if process not in words)

@@ -156,18 +156,19 @@ def processes_problems(config: Config, device_count: int, process_count: int) ->
     """What is wrong with training `config` in several processes: each must hold an equal part of mesh and batch."""
     if process_count == 1:
         return []
-    found = []
     if [*_mesh_sizes(config, device_count)]:  # Told by `problems`.
         return []
-    shape = mesh_shape(config.mesh, device_count)
-    if (used := math.prod(shape)) != device_count:
+    found = []
+    data, fsdp, tensor = mesh_shape(config.mesh, device_count)
+    if (used := data * fsdp * tensor) != device_count:
+        whole = _mesh_text(data=data, fsdp=fsdp, tensor=tensor)
         found.append(
-            f"{_mesh_text(*shape)} uses {used} of the {device_count} devices of {process_count} processes; with several "
-            "processes the mesh must hold all devices (mesh.fsdp=-1), or start fewer processes"
+            f"{whole} uses {used} of the {device_count} devices of {process_count} processes; with several processes the "
+            "mesh must hold all devices (mesh.fsdp=-1), or start fewer processes"
         )
-    if (own := device_count // process_count) % config.mesh.tensor:
+    if (own := device_count // process_count) % tensor:
         found.append(
-            f"mesh.tensor={config.mesh.tensor} does not divide the {own} devices of a process: devices that share "
+            f"mesh.tensor={tensor} does not divide the {own} devices of a process: devices that share "
             "sequences must be of one process, which reads them"
         )
     micro_batch = config.training.sequences_per_step // max(config.training.microbatches, 1)
@@ -244,11 +245,10 @@ def _mesh_sizes(config: Config, device_count: int) -> Iterator[str]:
     data, fsdp, tensor = shape = mesh_shape(mesh, device_count)
     if math.prod(shape) > device_count or fsdp < 1:
         needed = data * max(fsdp, 1) * tensor
-        yield f"{_mesh_text(data, max(fsdp, 1), tensor)} needs {needed} devices; there are {device_count}"
+        yield f"{_mesh_text(data=data, fsdp=max(fsdp, 1), tensor=tensor)} needs {needed} devices; there are {device_count}"
     elif mesh.fsdp == -1 and device_count % (data * tensor):
-        yield (
-            f"{_mesh_text(data, None, tensor)} does not divide the {device_count} devices; set mesh.fsdp to use fewer"
-        )
+        split = _mesh_text(data=data, tensor=tensor)
+        yield f"{split} does not divide the {device_count} devices; set mesh.fsdp to use fewer"
 
 
 def _mesh(config: Config, device_count: int) -> Iterator[str]:
@@ -263,20 +263,20 @@ def _mesh(config: Config, device_count: int) -> Iterator[str]:
         yield (
             f"a micro-batch of {micro_batch} sequences (training.sequences_per_step={training.sequences_per_step} / "
             f"training.microbatches={training.microbatches}) does not split over {data * fsdp} devices "
-            f"({_mesh_text(data, fsdp, 1)}){shared}; make it a multiple of {data * fsdp}"
+            f"({_mesh_text(data=data, fsdp=fsdp)}){shared}; make it a multiple of {data * fsdp}"
         )
     yield from _mesh_widths(config, fsdp, tensor)
 
 
-def _mesh_text(data: int, fsdp: int | None, tensor: int) -> str:
-    parts = [f"mesh.data={data}", *([] if fsdp is None else [f"mesh.fsdp={fsdp}"])]
-    return " x ".join([*parts, *([f"mesh.tensor={tensor}"] if tensor > 1 else [])])
+def _mesh_text(**axes: int) -> str:
+    """The sizes of these axes, as a config names them. A tensor axis of 1 goes without saying."""
+    return " x ".join(f"mesh.{axis}={size}" for axis, size in axes.items() if axis != "tensor" or size > 1)
 
 
 def _mesh_widths(config: Config, fsdp: int, tensor: int) -> Iterator[str]:
     """What has to be a multiple of the axes that split it (parallel/sharding.py)."""
     model = config.model
-    split = _mesh_text(1, fsdp, tensor).removeprefix("mesh.data=1 x ")
+    split = _mesh_text(fsdp=fsdp, tensor=tensor)
     rows = {
         "model.vocab_size": model.vocab_size,
         "model.ffn_width": model.ffn_width,

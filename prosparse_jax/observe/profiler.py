@@ -11,7 +11,12 @@ import jax
 from prosparse_jax.errors import OutOfMemoryError
 
 PROFILE_DIRECTORY = "profile"
-MEMORY_FILE = "memory.prof"
+MEMORY_NAME = "memory"
+
+
+def _process_suffix() -> str:
+    """For a name of which each process needs one of its own; the profiler itself tells only hosts apart."""
+    return f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
 class ProfilerWindow:
@@ -20,7 +25,8 @@ class ProfilerWindow:
     View it with `xprof --logdir <run>/profile/step_<N>` (pip install xprof) or in Perfetto.
 
     Args:
-        directory: Of the run; the profile that begins after step N goes to `profile/step_N` in it.
+        directory: Of the run; the profile that begins after step N goes to `profile/step_N` in it, or that of process I of
+            several to `profile/step_N_process_I`.
         start: 0 for none but on a signal.
         steps: At least 1.
         say: Told where a profile is.
@@ -50,7 +56,7 @@ class ProfilerWindow:
                 self._signalled = False
                 jax.block_until_ready(state)
                 # The profiler itself names by the second, and would overwrite the one before.
-                self._target = self._directory / f"step_{step}"
+                self._target = self._directory / f"step_{step}{_process_suffix()}"
                 jax.profiler.start_trace(str(self._target))
                 self._until = step + self._steps
         elif step >= self._until:
@@ -66,13 +72,14 @@ class ProfilerWindow:
 @contextlib.contextmanager
 def explaining_out_of_memory(directory: Path):
     """Turns the devices' out-of-memory error into an OutOfMemoryError that names what to change, and keeps a profile of
-    what was allocated as `profile/memory.prof` in `directory` (view it with pprof)."""
+    what was allocated as `profile/memory.prof` in `directory` (view it with pprof), or as `memory_process_I.prof` for
+    process I of several."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        path = directory / PROFILE_DIRECTORY / MEMORY_FILE
+        path = directory / PROFILE_DIRECTORY / f"{MEMORY_NAME}{_process_suffix()}.prof"
         path.parent.mkdir(parents=True, exist_ok=True)
         jax.profiler.save_device_memory_profile(str(path))
         raise OutOfMemoryError(

@@ -1,5 +1,7 @@
 """The device mesh of a run."""
 
+import math
+
 import jax
 
 from prosparse_jax.config import MeshConfig
@@ -26,5 +28,5 @@ def make_mesh(mesh: MeshConfig, devices: list[jax.Device] | None = None) -> jax.
     they talk most, and are in one machine.
     """
     devices = jax.devices() if devices is None else devices
-    data, fsdp, tensor = mesh_shape(mesh, len(devices))
-    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, devices=devices[: data * fsdp * tensor])
+    shape = mesh_shape(mesh, len(devices))
+    return jax.make_mesh(shape, MESH_AXES, devices=devices[: math.prod(shape)])

@@ -18,7 +18,8 @@ from prosparse_jax.errors import CheckpointError
 from prosparse_jax.parallel import distributed
 
 ROWS, COLUMNS = 24, 32
-HANGS_AT = 6
+CROSSED_AT, BLOCKED = 5, {0: "parameters", 1: "optimizer"}
+HANGS_AT = 7
 PATIENCE_SECONDS = 3
 
 
@@ -36,6 +37,9 @@ class Position:
     async def save(self, directory):
         if (self._step, self._process) == (3, 2):
             raise OSError("the position cannot be read")  # Before anything is written in the background.
+        if self._step == CROSSED_AT and self._process in BLOCKED:
+            # Where the process is to write its share of these arrays, there is a file.
+            (directory.path.parent / BLOCKED[self._process] / f"ocdbt.process_{self._process}").touch()
 
         async def write():
             path = Path(await directory.await_creation())
@@ -65,7 +69,7 @@ def rows(scale: float) -> jax.Array:
 def main(directory: Path) -> None:
     assert distributed.connect() is not None
     with checkpoint.CheckpointStore(directory, keep=2) as store:
-        for step in range(1, 8):
+        for step in range(1, 9):
             if step == HANGS_AT:
                 checkpoint_together.SAVE_SECONDS, checkpoint_together._LAST_WORDS_SECONDS = PATIENCE_SECONDS, 1
             failure = ""

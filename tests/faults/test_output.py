@@ -1,5 +1,6 @@
 """Whatever the output goes to: a narrow terminal, a pipe that closes, ASCII, a full disk."""
 
+import errno
 import os
 import pty
 import re
@@ -28,8 +29,9 @@ def in_terminal(scripts: Scripts, *arguments: object, columns: int) -> str:
     try:
         while part := os.read(leader, 65536):
             shown += part
-    except OSError:  # Linux reports the end of a terminal so
-        pass
+    except OSError as error:
+        if error.errno != errno.EIO:  # Linux reports the end of a terminal so.
+            raise
     os.close(leader)
     finish(process, 0)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())

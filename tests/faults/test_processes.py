@@ -48,6 +48,12 @@ def start(
     return started
 
 
+def devices(scripts: Scripts, count: int) -> dict[int, dict[str, str]]:
+    """Environments of two processes that have so many devices each."""
+    flags = f"{scripts.environment()['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return {process: {"XLA_FLAGS": flags} for process in (0, 1)}
+
+
 def ended(processes: list[subprocess.Popen], code: int = 0) -> list[subprocess.CompletedProcess]:
     return [finish(process, code) for process in processes]
 
@@ -125,13 +131,40 @@ def test_processes_with_different_configurations_stop_before_they_compile(script
 
 
 def test_settings_that_do_not_fit_several_processes(scripts):
-    # Eight devices of two processes, of which the mesh uses two.
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    processes = start(scripts, 2, "--mesh.fsdp=1", "--training.sequences-per-step=3", environments={0: flags, 1: flags})
+    # Eight devices of two processes, of which the mesh uses six: three and three that share sequences.
+    mesh = ("--mesh.fsdp=1", "--mesh.tensor=3")
+    processes = start(scripts, 2, *mesh, "--training.sequences-per-step=3", environments=devices(scripts, 4))
     for process in ended(processes, code=2):
-        assert "uses 2 of the 8 devices of 2 processes" in process.stderr
+        assert "uses 6 of the 8 devices of 2 processes" in process.stderr
+        assert "mesh.tensor=3 does not divide the 4 devices of a process" in process.stderr
         assert "a micro-batch of 3 sequences does not split over 2 processes" in process.stderr
         assert "compiled" not in process.stdout
+
+
+@pytest.mark.slow
+def test_tensor_groups_in_two_processes_train_what_one_device_trains(scripts, reference):
+    """And save together what goes on without tensor groups. Each group is of one process, and has half of the batch."""
+    run = scripts.directory / "runs" / "tiny"
+    mesh = ("--mesh.data=1", "--mesh.fsdp=2", "--mesh.tensor=2")
+    rare = ("--checkpoint.every=1000", "--logging.profile-start=2", "--logging.profile-steps=1")
+    processes = start(scripts, 2, *mesh, *rare, environments=devices(scripts, 2))
+    wait_until(processes[0], lambda: len(steps(run / "metrics.jsonl")) >= 5)
+    processes[0].send_signal(signal.SIGTERM)
+    ended(processes)
+    stopped = steps(run / "metrics.jsonl")[-1]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(stopped)]
+    for item in ("parameters", "optimizer"):
+        shares = (run / "checkpoints" / str(stopped) / item).glob("ocdbt.process_*")
+        assert {path.name for path in shares} == {"ocdbt.process_0", "ocdbt.process_1"}
+    for process in (0, 1):
+        (profile,) = (run / "profile" / f"step_2_process_{process}").rglob("*.xplane.pb")
+        assert profile.stat().st_size
+    first, _ = ended(start(scripts, 2, "--resume", "--checkpoint.every=1000"))
+    for axis, before, now in (("data", 1, 2), ("fsdp", 2, 1), ("tensor", 2, 1)):
+        assert f"mesh.{axis}: {before} -> {now}" in first.stdout
+    assert f"resuming from the checkpoint of step {stopped}" in first.stdout
+    assert steps(run / "metrics.jsonl") == list(range(1, 31))
+    np.testing.assert_allclose(losses(run), losses(reference), rtol=TOLERANCE)
 
 
 @pytest.mark.slow
@@ -189,15 +222,18 @@ def test_a_save_is_that_of_all_processes_or_of_none(scripts):
     told = [
         [json.loads(line) for line in process.stdout.splitlines() if line[:1] == "{"] for process in ended(processes)
     ]
-    assert [line["held"] for line in told[0]] == [["1"], ["1"], ["1"], ["1"], ["1", "5"], ["1", "5"], ["5", "7"]]
+    assert [line["held"] for line in told[0]] == [*5 * [["1"]], ["1", "6"], ["1", "6"], ["6", "8"]]
     for saves in told:
         failures = {save["step"]: save["failure"] for save in saves}
-        assert [step for step, failure in failures.items() if not failure] == [1, 5, 7]
+        assert [step for step, failure in failures.items() if not failure] == [1, 6, 8]
         assert "process 1: the position cannot be written\nthat of step 1 is complete" in failures[2]
         assert "process 2: the position cannot be read\n" in failures[3]
         assert "process 0: the first one fails\n" in failures[4]
-        assert f"process 1 has not written its part within {joint_saves.PATIENCE_SECONDS} s" in failures[6]
-        assert "\nthat of step 5 is complete" in failures[6]
+        # Either waits, in the item that the other one cannot write, for the other one.
+        for process, item in joint_saves.BLOCKED.items():
+            assert re.search(rf"process {process}: .*/{item}/ocdbt.process_{process}/", failures[5]), failures[5]
+        assert f"process 1 has not written its part within {joint_saves.PATIENCE_SECONDS} s" in failures[7]
+        assert "\nthat of step 6 is complete" in failures[7]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from prosparse_jax.observe.source_plots import plot_sources
 from tests.observe.test_plots import has_color, lambda_at, pixels, rows_of, write_run
 
 NAMES = ("starcoder", "wikipedia", "pile", "ultrachat", "p3", "paq", "unnatural_instructions", "flan", "super_natural")
+PICTURES = ["loss_by_source.png", "sparsity_by_source.png", "sparsity_of_sources.png"]
 
 
 def by_source(row: dict, *, missing: float = 0.2, names=NAMES) -> dict:
@@ -29,11 +30,7 @@ def records(names=NAMES):
 def test_nine_sources(tmp_path):
     assert lambda_at(400) > 0
     written = plot_sources(*records(), tmp_path)
-    assert [path.name for path in written] == [
-        "loss_by_source.png",
-        "sparsity_by_source.png",
-        "sparsity_of_sources.png",
-    ]
+    assert [path.name for path in written] == PICTURES
     for path in written[:2]:
         array = pixels(path)
         assert all(has_color(array, color) for color in PALETTE)
@@ -45,8 +42,13 @@ def test_few_lines_and_a_source_without_any_figure(tmp_path, lines):
     training, validation = records(("code", "web"))
     for row in (*training, *validation):
         row["loss_by_source"]["web"] = row["sparsity_by_source"]["web"] = None
-    for path in plot_sources(training[:lines], validation[:1], tmp_path):
-        pixels(path)
+    written = plot_sources(training[:lines], validation[:1], tmp_path)
+    assert [path.name for path in written] == PICTURES
+    of_code, of_web = PALETTE[:2]
+    for path in written:
+        array = pixels(path)
+        assert has_color(array, of_code)
+        assert not has_color(array, of_web)
 
 
 def test_without_ffns_there_is_no_sparsity_to_draw(tmp_path):
