@@ -30,6 +30,7 @@ class Target(NamedTuple):
 
 
 LONG = ("--training.sequence-length=32768", "--training.sequences-per-step=64", "--training.microbatches=8")
+LLAMA3_8B = ("--model.vocab-size=128256", "--model.num-kv-heads=8", "--model.ffn-width=14336", "--training.remat=most")
 TARGETS = {
     "7b": Target("prosparse_7b", searched=True),
     "7b-a100-40": Target("prosparse_7b_a100_40gb", gpu="a100-40", searched=True),
@@ -41,6 +42,8 @@ TARGETS = {
     # The same tokens a GPU: two share twice the sequences.
     "7b-tensor": Target("prosparse_7b", overrides=("--mesh.tensor=2",)),
     "7b-32k": Target("prosparse_7b", overrides=(*LONG, "--training.remat=attention")),
+    # Logits four times as large as those of Llama-2.
+    "llama3-8b": Target("prosparse_7b", overrides=LLAMA3_8B),
     "7b-latency-hiding": Target("prosparse_7b", flags=LATENCY_HIDING),
     "7b-most": Target("prosparse_7b", overrides=("--training.remat=most",)),
     "7b-most-latency-hiding": Target("prosparse_7b", overrides=("--training.remat=most",), flags=LATENCY_HIDING),
