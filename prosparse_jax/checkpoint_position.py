@@ -28,5 +28,5 @@ def restore_position(checkpoint: Path, data_iterator: grain.DatasetIterator) -> 
         raise CheckpointError(f"{checkpoint} is damaged: its data position cannot be read: {error!r}") from error
     try:
         data_iterator.set_state(state)
-    except (DataError, KeyError, TypeError, ValueError) as error:
+    except (DataError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the data position in {checkpoint} does not fit this data pipeline: {error}") from error

@@ -91,8 +91,15 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return _converter.unstructure(config)
 
 
+_REMOVED_DATA_FIELDS = {"on_topology_change"}
+"""Stored in checkpoints of earlier versions. They said nothing of the model, and nothing needs them any more."""
+
+
 def config_from_dict(stored: dict[str, Any], *, source: str) -> Config:
     """The inverse of `config_to_dict`; raises ConfigError with `source` and every field that does not fit."""
+    if isinstance(data := stored.get("data"), dict):
+        kept = {name: value for name, value in data.items() if name not in _REMOVED_DATA_FIELDS}
+        stored = stored | {"data": kept}
     try:
         return _converter.structure(stored, Config)
     except (cattrs.BaseValidationError, cattrs.errors.ForbiddenExtraKeysError) as error:

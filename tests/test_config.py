@@ -151,6 +151,14 @@ def test_unusual_values_survive_json(parameter):
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config))), source="test") == config
 
 
+def test_config_of_an_earlier_version():
+    """With a field that is gone: a checkpoint that has it can still be read."""
+    config = load_config(None)
+    stored = json.loads(json.dumps(config_to_dict(config)))
+    stored["data"]["on_topology_change"] = "refuse"
+    assert config_from_dict(stored, source="test") == config
+
+
 def test_every_field_that_does_not_fit_is_named():
     stored = config_to_dict(load_recipe(TINY))
     stored["optimizer"]["momentum"] = 0.9

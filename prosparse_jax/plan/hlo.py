@@ -95,12 +95,14 @@ class Site:
     @property
     def where(self) -> str:
         """Part of a training step: "forward loop" and "backward loop" over layers, "micro-batch" around them, "step"."""
-        names = " ".join(loop.op_name for loop in self.loops if SCOPE not in loop.op_name)
+        # The loop over the head's chunks is no loop over layers.
+        loops = [loop.op_name for loop in self.loops if SCOPE not in loop.op_name]
+        names = " ".join(loops)
         if "transpose(" in names:
             return "backward loop"
         if "jvp(" in names:
             return "forward loop"
-        return "micro-batch" if self.loops else "step"
+        return "micro-batch" if loops else "step"
 
 
 class Module:

@@ -222,8 +222,18 @@ def test_batch_i_is_a_function_of_the_seed_and_i():
     assert_same_batches([next(jumped)], [walked])
 
 
+def test_places_of_earlier_versions():
+    """Their own order is this one, unless a change of processes began another."""
+    old = mixed().get_state() | {"batches": 57, "batches_in_order": 57, "order_seed": 3, "processes": 2}
+    iterator = mixed()
+    iterator.set_state(old)
+    assert_same_batches([next(iterator)], [next(itertools.islice(mixed(), 57, None))])
+    with pytest.raises(DataError, match="another order of its data.*init_from"):
+        iterator.set_state(old | {"order_seed": 4})
+
+
 def test_a_place_far_ahead_is_reached_at_once():
-    """Without the ten thousand million sequences before it, in one process and in three."""
+    """Without the twelve thousand million sequences before it, in one process and in three."""
     state = mixed().get_state() | {"batches": 10**9}
     alone, *others = [mixed(), *(mixed(process_index=index, process_count=3) for index in range(3))]
     for process in (alone, *others):

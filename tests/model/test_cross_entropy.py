@@ -3,16 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from prosparse_jax.model import cross_entropy
 from prosparse_jax.model.cross_entropy import chunk_count, head_losses
+from prosparse_jax.model.transformer import RunOptions, activation_parameters
 from prosparse_jax.parallel.sharding import ShardingRules
+from prosparse_jax.training.state import abstract_model
+from tests.support import random_weights, small_config
 
 RULES = ShardingRules()
 BATCH, LENGTH, WIDTH, WORDS = 8, 24, 32, 96
-MESHES = [(1, 1), (8, 1), (4, 2)]
+MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
 FACTOR = 0.37
 """By which the loss is multiplied before it is differentiated."""
 
@@ -81,12 +86,12 @@ def chunked(request, monkeypatch):
     return limit
 
 
-@pytest.mark.parametrize(("fsdp", "tensor"), MESHES)
-def test_float32_against_float64(mesh, chunked, fsdp, tensor):
-    chunked(fsdp * tensor)
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), MESHES)
+def test_float32_against_float64(mesh, chunked, data, fsdp, tensor):
+    chunked(data * fsdp * tensor)
     arguments = problem(jnp.float32)
     losses, x_gradient, head_gradient = oracle(*arguments)
-    loss, loss_BT, ours_x, ours_head = ours(mesh(fsdp=fsdp, tensor=tensor), *arguments)
+    loss, loss_BT, ours_x, ours_head = ours(mesh(data=data, fsdp=fsdp, tensor=tensor), *arguments)
     # Float32 sums of 32, 96 and 192 terms of either sign: a few of 2^-24 of the largest.
     np.testing.assert_allclose(loss, losses.sum(), rtol=2e-6)
     np.testing.assert_allclose(loss_BT, losses, rtol=2e-6, atol=2e-6)
@@ -95,13 +100,13 @@ def test_float32_against_float64(mesh, chunked, fsdp, tensor):
     assert np.array_equal(np.asarray(loss_BT) == 0, arguments[3] == 0)
 
 
-@pytest.mark.parametrize(("fsdp", "tensor"), MESHES)
-def test_bfloat16_against_float64(mesh, chunked, fsdp, tensor):
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), MESHES)
+def test_bfloat16_against_float64(mesh, chunked, data, fsdp, tensor):
     """Of the same bfloat16 states and head: losses are float32 all through, gradients are rounded to bfloat16."""
-    chunked(fsdp * tensor)
+    chunked(data * fsdp * tensor)
     arguments = problem(jnp.bfloat16)
     losses, x_gradient, head_gradient = oracle(*arguments)
-    loss, loss_BT, ours_x, ours_head = ours(mesh(fsdp=fsdp, tensor=tensor), *arguments)
+    loss, loss_BT, ours_x, ours_head = ours(mesh(data=data, fsdp=fsdp, tensor=tensor), *arguments)
     assert (loss.dtype, ours_x.dtype, ours_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(loss, losses.sum(), rtol=2e-6)
     np.testing.assert_allclose(loss_BT, losses, rtol=2e-6, atol=2e-6)
@@ -112,27 +117,51 @@ def test_bfloat16_against_float64(mesh, chunked, fsdp, tensor):
         )
 
 
-@pytest.mark.parametrize(("fsdp", "tensor"), MESHES)
-def test_head_gradients_sum_in_float32(mesh, chunked, fsdp, tensor):
-    """A word that is never the target, as likely in all of 192 places: its gradient is a sum of terms of one sign."""
-    chunked(fsdp * tensor)
-    x_BTD, head_VD, targets_BT, weight_BT = problem(jnp.bfloat16)
-    x_BTD, weight_BT = 0.5 + np.abs(x_BTD) / 8, np.ones_like(weight_BT)
-    x_BTD, head_VD = np.asarray(jnp.asarray(x_BTD, jnp.bfloat16)), np.zeros_like(head_VD)
-    targets_BT = np.maximum(targets_BT, 1)
-    _, _, expected = oracle(x_BTD, head_VD, targets_BT, weight_BT)
-    *_, got = ours(mesh(fsdp=fsdp, tensor=tensor), x_BTD, head_VD, targets_BT, weight_BT)
-    # Every probability is 1/96, which bfloat16 has within 2^-9; each device's sum is rounded, and eight are added.
-    np.testing.assert_allclose(np.float64(got)[0], expected[0], rtol=10 * 2.0**-9)
-
-
-def test_a_bfloat16_sum_would_fail():
-    """What the test above guards against: such a sum stops growing where a term is less than half of the last digit."""
-    terms = np.asarray(jnp.full((4096,), 1 / 96, jnp.bfloat16))
-    total = np.zeros((), jnp.bfloat16)
+@pytest.mark.parametrize("chunks", [1, 512])
+def test_head_gradients_sum_in_float32(mesh, monkeypatch, chunks):
+    """A word that is never the target and as likely in all 4,096 places: its gradient is a sum of terms of one sign."""
+    length = 4096 // BATCH
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 4096 * WORDS * 4 // chunks)
+    assert chunk_count(4096, WORDS) == chunks
+    rng = np.random.default_rng(1)
+    x_BTD = np.asarray(jnp.asarray(0.5 + rng.random((BATCH, length, WIDTH)), jnp.bfloat16))
+    targets_BT = rng.integers(1, WORDS, (BATCH, length)).astype(np.int32)
+    arguments = (x_BTD, np.zeros((WORDS, WIDTH), x_BTD.dtype), targets_BT, np.ones((BATCH, length), np.float32))
+    _, _, expected = oracle(*arguments)
+    *_, got = ours(mesh(), *arguments)
+    # 2^-9 for 1/96 in bfloat16, the same for all places, and as much for the rounding of the whole sum.
+    np.testing.assert_allclose(np.float64(got)[0], expected[0], rtol=2.5 * 2.0**-9)
+    # A bfloat16 sum of the same chunks stops growing where a term is less than half of the last digit.
+    terms = FACTOR / WORDS * np.float64(x_BTD).reshape(512, -1, WIDTH).sum(1)
+    naive = np.zeros(WIDTH, x_BTD.dtype)
     for term in terms:
-        total = (total + term).astype(jnp.bfloat16)
-    assert float(total) < 0.2 * np.float64(terms).sum()
+        naive = (naive + term.astype(x_BTD.dtype)).astype(x_BTD.dtype)
+    assert np.abs(np.float64(naive) / expected[0] - 1).max() > 10 * 2.5 * 2.0**-9
+
+
+def test_losses_are_those_of_the_logits(mesh):
+    """Of the whole model, with a divisor of the logits: optax's cross-entropy of what `CausalLM` returns."""
+    made = mesh(fsdp=2)
+    config = small_config(model={"logits_divisor": 2.5, "tie_embeddings": True})
+    graphdef, shapes = abstract_model(config, RunOptions())
+    parameters = jax.tree.map(
+        lambda x, shape: jax.device_put(x, NamedSharding(made, shape.sharding.spec)), random_weights(shapes), shapes
+    )
+    rng = np.random.default_rng(2)
+    tokens, targets = (rng.integers(0, config.model.vocab_size, (4, 16)).astype(np.int32) for _ in range(2))
+    ones, loss_mask = np.ones((4, 16), np.float32), np.float32(rng.random((4, 16)) < 0.7)
+
+    @jax.jit
+    def both(parameters):
+        model, thresholds = nnx.merge(graphdef, parameters), activation_parameters(config.model)
+        logits, _ = model(tokens, ones, thresholds)
+        return logits, model.losses(tokens, targets, ones, loss_mask, thresholds)[:2]
+
+    logits, (loss, loss_B) = both(parameters)
+    expected = np.asarray(optax.softmax_cross_entropy_with_integer_labels(np.float64(logits), targets)) * loss_mask
+    # Float32 logits either way, of sums in another order.
+    np.testing.assert_allclose(loss_B, expected.sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(loss, expected.sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
