@@ -228,7 +228,7 @@ def test_places_of_earlier_versions():
     iterator = mixed()
     iterator.set_state(old)
     assert_same_batches([next(iterator)], [next(itertools.islice(mixed(), 57, None))])
-    with pytest.raises(DataError, match="another order of its data.*init_from"):
+    with pytest.raises(DataError, match=r"another order of its data.*init_from"):
         iterator.set_state(old | {"order_seed": 4})
 
 
