@@ -53,7 +53,7 @@ class TrainingDataset(grain.IterDataset):
     ):
         super().__init__()
         assert batch_size % process_count == 0, (batch_size, process_count)
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.order_seed = batch_size, seed
         self._process_index, self._process_count, self._prefetch = process_index, process_count, data.prefetch
         self.names = tuple(source.name for source in sources)
         self.packed = [
@@ -84,7 +84,7 @@ class TrainingDataset(grain.IterDataset):
     def own_batches(self) -> grain.DatasetIterator[Batch]:
         """What this process has of each batch, (B / process_count, T), from the first batch on."""
         sequences = [
-            grain.MapDataset.source(packed).seed(_seed_of(self.seed, name)).shuffle().repeat()
+            grain.MapDataset.source(packed).seed(_seed_of(self.order_seed, name)).shuffle().repeat()
             for packed, name in zip(self.packed, self.names, strict=True)
         ]
         mixed = grain.MapDataset.select_from_datasets(sequences, self.interleaving)
@@ -134,7 +134,7 @@ class TrainingIterator(grain.DatasetIterator):
                 "Set it back to continue exactly, or start a new run from the checkpoint's weights with init_from."
             )
         # Earlier versions began another order when the number of processes changed.
-        if state.get("order_seed", self._dataset.seed) != self._dataset.seed:
+        if state.get("order_seed", self._dataset.order_seed) != self._dataset.order_seed:
             raise DataError(
                 "the checkpoint's run went on in another order of its data when its number of processes changed, which this "
                 "version does not know. Start a new run from the checkpoint's weights with init_from."
