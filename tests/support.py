@@ -65,6 +65,12 @@ def random_weights(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.map_with_path(draw, shapes)
 
 
+def placed_weights(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+    """`random_weights` on the mesh, each as its shape says."""
+    place = lambda x, shape: jax.device_put(x, jax.sharding.NamedSharding(mesh, shape.sharding.spec))  # noqa: E731
+    return jax.tree.map(place, random_weights(shapes), shapes)
+
+
 def random_batch(config: Config, seed: int = 0, *, padding: bool = True) -> dict[str, np.ndarray]:
     """Tokens of one step, (sequences, T), all targets counted. With `padding`, sequences end at random places, one of
     them at the start."""

@@ -70,7 +70,7 @@ def _backward(sharding, gradients, cotangents):
     factor, _ = cotangents
     x_BTD, head_PVD = gradients
     # Typed as a sum that is still to be made, so that the way back through `sharding.gather` is a reduce-scatter.
-    unreduced = PartitionSpec(None, None, unreduced=set(_axes(sharding)))
+    unreduced = PartitionSpec(None, None, unreduced=set(sharding.axes))
     head_VD = jax.lax.reduce_sum(factor * head_PVD, (0,), out_sharding=unreduced)
     return (factor * x_BTD).astype(x_BTD.dtype), head_VD, None, None
 
@@ -78,13 +78,9 @@ def _backward(sharding, gradients, cotangents):
 _sum_and_losses.defvjp(_forward, _backward)
 
 
-def _axes(sharding: ShardingRules) -> tuple[str, ...]:
-    return (*sharding.batch_axes, sharding.tensor_axis)
-
-
 def _over_devices(sharding: ShardingRules, x_BTD, head_VD, targets_BT, weight_BT, *, with_gradients: bool):
     """Losses (B, T), and gradients of x (B, T, D) and of the head (P, V, D): a summand of each of P devices."""
-    axes = _axes(sharding)
+    axes = sharding.axes
     tokens, states, head = sharding.tokens(2), sharding.tokens(3), jax.typeof(head_VD).sharding.spec
 
     def of_one_device(x_btD, head_VD, targets_bt, weight_bt):

@@ -25,6 +25,11 @@ class ShardingRules:
     weight_axis: str = "fsdp"
     tensor_axis: str = "tensor"
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All axes of the mesh."""
+        return (*self.batch_axes, self.tensor_axis)
+
     def tokens(self, rank: int) -> PartitionSpec:
         """Spec of (B, T, ...) outside attention and FFN: a device has some tokens of its sequences."""
         return PartitionSpec(self.batch_axes, self.tensor_axis, *[None] * (rank - 2))
@@ -64,7 +69,7 @@ class ShardingRules:
             "columns": (None, self.tensor_axis),
             "none": (None, None),
         }[split]
-        reduced = {*self.batch_axes, *([self.tensor_axis] if split == "none" else [])}
+        reduced = set(self.axes if split == "none" else self.batch_axes)
         shard = jax.sharding.reshard(weight.astype(dtype), PartitionSpec(*self.matrix(split), reduced=copies))
         return jax.sharding.reshard(shard, PartitionSpec(*used, reduced=reduced))
 

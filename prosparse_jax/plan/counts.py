@@ -29,13 +29,11 @@ class Flops:
     """Of fused attention kernels: under a causal mask half of the products, as these kernels skip the rest."""
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(*(mine + theirs for mine, theirs in zip(self._values(), other._values(), strict=True)))
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Flops(*(mine + theirs for mine, theirs in pairs))
 
     def __mul__(self, times: int) -> "Flops":
-        return Flops(*(value * times for value in self._values()))
-
-    def _values(self) -> tuple[float, ...]:
-        return (self.matmul, self.float32, self.attention)
+        return Flops(*(value * times for value in dataclasses.astuple(self)))
 
     @property
     def total(self) -> float:

@@ -5,12 +5,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from prosparse_jax.model.cross_entropy import SCOPE
 from prosparse_jax.observe.flops import model_flops_per_token
 from prosparse_jax.parallel.mesh import batch_shards
 from prosparse_jax.plan.counts import collective_of, program_flops
 from prosparse_jax.plan.gpus import GPU
-from prosparse_jax.plan.hlo import Array, Module
+from prosparse_jax.plan.hlo import Array, Module, loop_place
 from prosparse_jax.plan.program import CompiledStep
 from prosparse_jax.plan.schedule import EXPECTED, HARD, Times, step_times
 
@@ -177,15 +176,15 @@ def memory_parts(step: CompiledStep) -> dict[str, int]:
     activations = gradients = 0
     for site in step.module.all_sites:
         loop = site.instruction
-        # What the loop over the head's chunks adds up is soon used: temporaries.
-        if loop.opcode != "while" or SCOPE in loop.op_name:
+        if loop.opcode != "while":
             continue
         changed = step.module.changed_elements(loop)
-        if "transpose(" in loop.op_name:
+        place = loop_place(loop)
+        if place == "backward loop":
             gradients += _bytes(array for array in changed if array.shape[:1] == (loop.trip_count,))
-        elif "jvp(" in loop.op_name:
+        elif place == "forward loop":
             activations += _bytes(changed)
-        else:
+        elif place == "micro-batch":  # What the loop over the head's chunks adds up is soon used: temporaries.
             gradients += _bytes(changed)
     parts = {
         "parameters": step.parameters,

@@ -81,6 +81,16 @@ class Computation(dict[str, Instruction]):
         return [array for name in instruction.operands if name in self for array in self[name].arrays]
 
 
+def loop_place(loop: Instruction) -> str:
+    """What a `while` of a training step makes of its body: "forward loop" and "backward loop" over layers, "head" over
+    the chunks of the head's loss, and any other "micro-batch"."""
+    if SCOPE in loop.op_name:
+        return "head"
+    if "transpose(" in loop.op_name:
+        return "backward loop"
+    return "forward loop" if "jvp(" in loop.op_name else "micro-batch"
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
     """An instruction outside of fusions, and how it is reached."""
@@ -95,14 +105,8 @@ class Site:
     @property
     def where(self) -> str:
         """Part of a training step: "forward loop" and "backward loop" over layers, "micro-batch" around them, "step"."""
-        # The loop over the head's chunks is no loop over layers.
-        loops = [loop.op_name for loop in self.loops if SCOPE not in loop.op_name]
-        names = " ".join(loops)
-        if "transpose(" in names:
-            return "backward loop"
-        if "jvp(" in names:
-            return "forward loop"
-        return "micro-batch" if loops else "step"
+        around = {loop_place(loop) for loop in self.loops}
+        return next((place for place in ("backward loop", "forward loop", "micro-batch") if place in around), "step")
 
 
 class Module:

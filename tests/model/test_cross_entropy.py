@@ -13,7 +13,7 @@ from prosparse_jax.model.cross_entropy import chunk_count, head_losses
 from prosparse_jax.model.transformer import RunOptions, activation_parameters
 from prosparse_jax.parallel.sharding import ShardingRules
 from prosparse_jax.training.state import abstract_model
-from tests.support import random_weights, small_config
+from tests.support import placed_weights, small_config
 
 RULES = ShardingRules()
 BATCH, LENGTH, WIDTH, WORDS = 8, 24, 32, 96
@@ -144,9 +144,7 @@ def test_losses_are_those_of_the_logits(mesh):
     made = mesh(fsdp=2)
     config = small_config(model={"logits_divisor": 2.5, "tie_embeddings": True})
     graphdef, shapes = abstract_model(config, RunOptions())
-    parameters = jax.tree.map(
-        lambda x, shape: jax.device_put(x, NamedSharding(made, shape.sharding.spec)), random_weights(shapes), shapes
-    )
+    parameters = placed_weights(shapes, made)
     rng = np.random.default_rng(2)
     tokens, targets = (rng.integers(0, config.model.vocab_size, (4, 16)).astype(np.int32) for _ in range(2))
     ones, loss_mask = np.ones((4, 16), np.float32), np.float32(rng.random((4, 16)) < 0.7)

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from prosparse_jax.model.transformer import RunOptions, embed
 from prosparse_jax.training.state import abstract_model
-from tests.support import random_weights, small_config
+from tests.support import placed_weights, small_config
 
 BF16 = RunOptions(compute_dtype=jnp.dtype("bfloat16"))
 BATCH, LENGTH, COMMON = 8, 1024, 3
@@ -18,35 +17,16 @@ BATCH, LENGTH, COMMON = 8, 1024, 3
 TOLERANCE = 8 * 2.0**-9
 
 
-@pytest.fixture
-def tables(mesh):
-    """tables(fsdp, tensor): the config's model, its embedding and head as the model gathers them, and their parameters."""
-
-    def make(fsdp: int, tensor: int):
-        made = mesh(fsdp=fsdp, tensor=tensor)
-        config = small_config()
-        graphdef, shapes = abstract_model(config, BF16)
-        parameters = jax.tree.map(
-            lambda x, shape: jax.device_put(x, NamedSharding(made, shape.sharding.spec)), random_weights(shapes), shapes
-        )
-
-        def gathered(parameters, name):
-            model = nnx.merge(graphdef, parameters)
-            return model._gather_table(getattr(model, name))
-
-        return config.model, gathered, parameters
-
-    return make
-
-
 def bfloat16(rng, *shape) -> np.ndarray:
     """Positive numbers, so that a sum is as large as its terms."""
     return np.asarray(jnp.asarray(0.5 + rng.random(shape), jnp.bfloat16))
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (8, 1), (4, 2)])
-def test_embedding_gradients_of_a_frequent_token_sum_in_float32(tables, fsdp, tensor):
-    model, gathered, parameters = tables(fsdp, tensor)
+def test_embedding_gradients_of_a_frequent_token_sum_in_float32(mesh, fsdp, tensor):
+    made, model = mesh(fsdp=fsdp, tensor=tensor), small_config().model
+    graphdef, shapes = abstract_model(small_config(), BF16)
+    parameters = placed_weights(shapes, made)
     rng = np.random.default_rng(0)
     # Half of all tokens are one token: 4,096 terms in its row.
     tokens = rng.integers(0, model.vocab_size, (BATCH, LENGTH))
@@ -56,7 +36,11 @@ def test_embedding_gradients_of_a_frequent_token_sum_in_float32(tables, fsdp, te
 
     @jax.jit
     def pull_back(parameters, tokens, gradient):
-        _, pull = jax.vjp(lambda p: embed(gathered(p, "embedding"), tokens, model, BF16), parameters)
+        def embedded(parameters):
+            causal_lm = nnx.merge(graphdef, parameters)
+            return embed(causal_lm._gather_table(causal_lm.embedding), tokens, model, BF16)
+
+        _, pull = jax.vjp(embedded, parameters)
         return pull(gradient)[0]["embedding"][...]
 
     ours = pull_back(parameters, jax.device_put(tokens, sharding(2)), jax.device_put(gradient_BTD, sharding(3)))
