@@ -28,21 +28,35 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     return os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "RUN": str(folder)} | more
 
 
+@pytest.mark.parametrize("pause", [0, 0.1], ids=["", "slow shell"])
 @pytest.mark.parametrize(
-    ("script", "code"), [(FINISHES, 0), (FAILS, 2), (STOPS, 75)], ids=["finished", "failed", "evicted"]
+    ("script", "code", "restarted"),
+    [(FINISHES, 0, False), (FAILS, 2, False), ("exit 1\n", 1, True), (STOPS, 75, True)],
+    ids=["finished", "user's error", "crashed", "evicted"],
 )
-def test_a_pod_ends_with_what_the_jobset_needs_to_know(tmp_path, script, code):
-    (job,) = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
-    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+def test_a_pod_ends_with_what_the_jobset_needs_to_know(tmp_path, script, code, restarted, pause):
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]
+    (job,) = jobset["replicatedJobs"]
+    pods = job["template"]["spec"]
+    (container,) = pods["template"]["spec"]["containers"]
     stand_in(tmp_path, "python", script)
     command = [*container["command"], *container["args"]]
-    process = subprocess.Popen(command, env=environment(tmp_path, JOB_COMPLETION_INDEX="3"))
+    more = {"JOB_COMPLETION_INDEX": "3"}
+    if pause:  # Before each of the shell's commands, so that what it starts ends before the shell waits for it.
+        (tmp_path / "slow").write_text(f'[ "$BASH_EXECUTION_STRING" ] && trap "sleep {pause}" DEBUG\n')
+        more["BASH_ENV"] = str(tmp_path / "slow")
+    process = subprocess.Popen(command, env=environment(tmp_path, **more))
     if script == STOPS:
         while not (tmp_path / "began").exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == code
+    (rule,) = pods["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "In")
+    assert jobset["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert restarted == (code != 0 and code not in rule["onExitCodes"]["values"])
 
 
 @pytest.mark.parametrize(
