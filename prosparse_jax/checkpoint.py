@@ -299,6 +299,27 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
+def check_weights(checkpoint: Path) -> None:
+    """Compares what evaluation and export read of `checkpoint` with its checksums; one without any passes.
+
+    Raises:
+        CheckpointError: Something differs, or cannot be read.
+    """
+    try:
+        if not checkpoint_integrity.has_manifest(checkpoint):
+            return
+        found = checkpoint_integrity.damage(checkpoint, ["parameters", "config", "assets"])
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        others = sorted(step for step in _steps(checkpoint.parent) if str(step) != checkpoint.name)
+        instead = (
+            f"give one of the others in {checkpoint.parent}: {others}" if others else "there is no other beside it"
+        )
+        raise CheckpointError(f"{checkpoint} is damaged: {found[0]}{more}; {instead}")
+
+
 def read_config(checkpoint: Path) -> dict:
     """The resolved configuration of the run that wrote `checkpoint`. Raises CheckpointError if it is not there."""
     with orbax_calls(f"{checkpoint} is not a complete checkpoint, its config cannot be read"):

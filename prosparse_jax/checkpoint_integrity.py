@@ -7,6 +7,7 @@ the checkpoint after it has its final name; one without it was killed in between
 import itertools
 import json
 import zlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,15 +40,19 @@ def has_manifest(checkpoint: Path) -> bool:
     return True
 
 
-def damage(checkpoint: Path) -> list[str]:
+def damage(checkpoint: Path, items: Collection[str] = ()) -> list[str]:
     """What differs between the files of `checkpoint` and its manifest, one sentence each; empty for a whole one.
 
-    Reads every byte. Files that came later do not count. Raises OSError when one is there and cannot be read: a storage
-    that fails for a moment damages nothing.
+    Reads every byte, or those of the `items` alone. Files that came later do not count. Raises OSError when one is there
+    and cannot be read: a storage that fails for a moment damages nothing.
     """
     try:
         recorded = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
-        expected = {str(name): (int(size), int(crc)) for name, (size, crc) in recorded.items()}
+        expected = {
+            str(name): (int(size), int(crc))
+            for name, (size, crc) in recorded.items()
+            if not items or str(name).split("/")[0] in items
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
     with ThreadPoolExecutor(_THREADS) as pool:

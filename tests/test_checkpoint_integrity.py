@@ -72,6 +72,22 @@ def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_kept_aside(tmp_
     assert_holds(tmp_path, 3)
 
 
+@pytest.mark.parametrize("item", ["parameters", "config", "assets", "optimizer", "data"])
+def test_damage_to_what_is_read_of_a_checkpoint_alone_is_an_error(tmp_path, item):
+    """`item` is what is damaged; evaluation and export read neither the optimizer's state nor that of the data."""
+    save_all(tmp_path, [1, 2, 3])
+    ck.check_weights(tmp_path / "3")
+    files = [path for path in (tmp_path / "3" / item).rglob("*") if path.is_file()]
+    damaged = max(files, key=lambda path: path.stat().st_size)
+    DAMAGE["a bit flipped"](damaged, random.Random(3))
+    if item in ("optimizer", "data"):
+        ck.check_weights(tmp_path / "3")
+    else:
+        told = rf"{tmp_path}/3 is damaged: {item}/.* has other content than was written; give one of .*: \[1, 2\]"
+        with pytest.raises(CheckpointError, match=told):
+            ck.check_weights(tmp_path / "3")
+
+
 def test_all_damaged_is_an_error_and_none_is_not(tmp_path):
     with ck.CheckpointStore(tmp_path, keep=9) as store:
         assert store.newest_sound_step(print) is None

@@ -15,10 +15,11 @@ from prosparse_jax.interop.weights import WeightSource, parameter_shapes
 
 
 class CheckpointSource:
-    """The parameters of a checkpoint of this project (a WeightSource)."""
+    """The parameters of a checkpoint of this project (a WeightSource), after a comparison with its checksums."""
 
     def __init__(self, path: Path):
         self.location = checkpoint.find_checkpoint(path)
+        checkpoint.check_weights(self.location)
         self.config: Config = config_from_dict(checkpoint.read_config(self.location), source=str(self.location))
         self.model = self.config.model
         self.assets: Mapping[str, bytes] = checkpoint.read_assets(self.location)
@@ -36,7 +37,9 @@ class CheckpointSource:
 
 
 def open_source(path: Path) -> WeightSource:
-    """Opens a Hugging Face directory, a run directory (its newest checkpoint) or a checkpoint; reads no weights.
+    """Opens a Hugging Face directory, a run directory (its newest checkpoint) or a checkpoint.
+
+    The weights of the latter two are read once here where there are checksums to compare them with.
 
     Raises:
         FileNotFoundError: There is nothing at `path`.

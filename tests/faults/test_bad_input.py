@@ -1,11 +1,14 @@
 """What a user gets wrong: one message that names the value and the fix, exit code 2, no traceback, nothing lost."""
 
 import json
+import random
 import re
 import shutil
 
 import pytest
 
+from prosparse_jax.checkpoint import find_checkpoint
+from prosparse_jax.prove_resume import DAMAGE
 from prosparse_jax.training.run_directory import claimed
 from tests.processes import SWISH, WITHOUT_FFN, Scripts
 
@@ -141,6 +144,25 @@ def test_weights_of_another_model(refused, trained):
     assert "model.d_model=64, but the checkpoint in init_from has 32" in message
     assert "model.num_layers=3, but the checkpoint in init_from has 2" in message
     assert "runs/tiny/checkpoints/30" in message
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("convert_hf", ("export", "runs/tiny", "exported")),
+        ("shift_threshold", ("runs/tiny",)),
+        ("train", (*ONE, "--init-from=runs/tiny", "--run-directory=runs/other")),
+    ],
+)
+def test_damaged_weights_are_read_by_nothing(refused, trained, script, arguments):
+    """A flipped bit of a weight is still a number: without its checksum it would be exported."""
+    checkpoint = find_checkpoint(trained.directory / "runs" / "tiny")
+    files = [path for path in (checkpoint / "parameters").rglob("*") if path.is_file()]
+    DAMAGE["a bit flipped"](max(files, key=lambda path: path.stat().st_size), random.Random(0))
+    told = refused(script, *arguments)
+    assert f"{checkpoint} is damaged: parameters/" in told
+    assert "has other content than was written; give one of the others in" in told
+    assert not (trained.directory / "exported").exists()
 
 
 def test_weights_that_are_not_there(refused, scripts):
