@@ -17,6 +17,7 @@ from prosparse_jax.interop.hf_config import default_family, hf_from_model, unfit
 from prosparse_jax.interop.hf_reader import CONFIG, SafetensorsDirectory
 from prosparse_jax.interop.hf_tensors import TRANSPOSED, hf_tensors, transposed
 from prosparse_jax.interop.hf_writer import PlacedTensor, plan_shards, write_companions, write_tensor
+from prosparse_jax.interop.sources import CheckpointSource
 from prosparse_jax.interop.weights import WeightSource, count_parameters, not_finite_warning
 from prosparse_jax.observe.files import atomic_directory
 
@@ -73,7 +74,7 @@ def export(
     family = family or default_family(source.model)
     if found := unfit(source.model, family):
         raise ConfigError([f"--format {family}: {reason}" for reason in found])
-    for line in tokenizer_notes(source):
+    for line in tokenizer_notes(source) + _trained_otherwise(source):
         say(line)
     target = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype) if dtype else None
     planned = [(tensor, target or source.dtype(tensor.piece[0])) for tensor in hf_tensors(source.model)]
@@ -123,6 +124,23 @@ def _token_ids(source: WeightSource) -> dict[str, int | None]:
         tokenizer = tokenizer_from_files(source.assets, str(source.location))
         return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     return {}
+
+
+def _trained_otherwise(source: WeightSource) -> list[str]:
+    """Whether the run's documents began otherwise than every reader of the export will begin its texts."""
+    if not isinstance(source, CheckpointSource) or source.config.data.bos == "tokenizer":
+        return []
+    with contextlib.suppress(DataError, RecursionError):
+        tokenizer = tokenizer_from_files(source.assets, str(source.location))
+        trained = source.config.data.bos == "always"
+        if trained != tokenizer.begins_with_bos and tokenizer.bos_id is not None:
+            token = tokenizer.backend.id_to_token(tokenizer.bos_id)
+            began, adds = ("with", "adds none") if trained else ("without", "adds one")
+            return [
+                f"warning: the run's documents began {began} {token} (data.bos={source.config.data.bos!r}), but "
+                f"tokenizer.json {adds}, and programs that read the export follow that: change its post-processor there"
+            ]
+    return []
 
 
 def tokenizer_notes(source: WeightSource) -> list[str]:

@@ -418,6 +418,31 @@ def test_weights_that_are_not_finite_are_exported_with_a_warning(convert, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("tokenizer_adds", "trained", "told"),
+    [
+        (True, "tokenizer", None),
+        (True, "always", None),
+        (False, "never", None),
+        (True, "never", "documents began without <s> (data.bos='never'), but tokenizer.json adds one"),
+        (False, "always", "documents began with <s> (data.bos='always'), but tokenizer.json adds none"),
+    ],
+)
+def test_a_run_whose_documents_began_otherwise_is_told_at_its_export(
+    convert, model, tmp_path, tokenizer_adds, trained, told
+):
+    (model / "tokenizer.json").write_text(word_tokenizer(bos=tokenizer_adds))
+    assert convert("import", "model", "run")[0] == 0
+    (config,) = (path for path in (tmp_path / "run" / "config").iterdir() if '"bos"' in path.read_text())
+    stored = json.loads(config.read_text())
+    stored["data"]["bos"] = trained
+    config.write_text(json.dumps(stored))
+    code, out, _ = convert("export", "run", "out")
+    assert code == 0
+    assert ("the run's documents began" in out) == bool(told)
+    assert (told or "") in out
+
+
+@pytest.mark.parametrize(
     ("made", "told"),
     [
         ({"adapter_config.json": "{}"}, "LoRA adapter"),
