@@ -116,7 +116,7 @@ def train(
     started = []
     for index in range(processes):
         place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)}
-        with (directory / f"{name}-{index}.log").open("w") as log:
+        with (directory / f"{name}-{index}.log").open("a") as log:
             started.append(subprocess.Popen(command, env=environment | place, stdout=log, stderr=subprocess.STDOUT))
     metrics = directory / name / "metrics.jsonl"
     while stop_at and started[-1].poll() is None:
@@ -146,6 +146,12 @@ def several_processes(directory: Path, environment: dict[str, str]) -> list[dict
         rows.append({"processes": chain, "changed_after_step": stopped, "largest_relative_loss_difference": difference})
         print(rows[-1], flush=True)
     return rows
+
+
+def printed(directory: Path, name: str) -> list[str]:
+    """What the processes of a run printed, process 0 first; nothing in it says where this machine keeps its files."""
+    logs = [path.read_text() for path in sorted(directory.glob(f"{name}-*.log"))]
+    return "".join(logs).replace(f"{directory}/", "").splitlines()
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -191,6 +197,7 @@ def main() -> None:
         "seed": arguments.seed,
         "faults": one_process(directory, arguments.tries, arguments.seed, environment),
         "several_processes": several_processes(directory, environment),
+        "log_of_2_then_4_processes": printed(directory, "2_4"),
     }
     shutil.rmtree(directory)
     print(markdown(record))
