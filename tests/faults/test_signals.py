@@ -119,10 +119,9 @@ def test_a_second_signal_while_it_saves_ends_it_and_tears_nothing(scripts, refer
 
 def test_a_run_that_cannot_end_in_time_is_ended(scripts):
     """As one whose file system or whose other processes hang: here the main thread is kept from running Python code."""
-    run = scripts.directory / "runs" / "tiny"
     options = ("--survival.grace-seconds=1", "--training.steps=100000")
     process = scripts.start("train", *options, env={"PYTHONPATH": hang(scripts)})
-    wait_until(process, lambda: len(steps(run / "metrics.jsonl")) >= 3)
+    wait_until(process, (scripts.directory / "hangs").exists)
     process.send_signal(signal.SIGTERM)
     assert "ended by force: 1 s after SIGTERM the state was still not saved" in finish(process, 130).stderr
 
@@ -151,7 +150,7 @@ def test_a_second_signal_ends_what_never_comes_back_to_python(number):
 
 
 def hang(scripts: Scripts) -> str:
-    """A path whose sitecustomize.py makes the third batch of a run never come."""
+    """A path whose sitecustomize.py makes the fourth batch of a run never come; there is a file `hangs` when it does not."""
     folder = scripts.directory / "hanging"
     folder.mkdir()
     root = Path(__file__).parents[2]
@@ -179,6 +178,7 @@ class Patch(importlib.abc.MetaPathFinder):
             def __next__(self):
                 type(self).count += 1
                 if type(self).count > 3:
+                    open("hangs", "w").close()
                     time.sleep(1000)
                 return take(self)
 
