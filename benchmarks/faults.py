@@ -151,7 +151,7 @@ def several_processes(directory: Path, environment: dict[str, str]) -> list[dict
 def printed(directory: Path, name: str) -> list[str]:
     """What the processes of a run printed, process 0 first; nothing in it says where this machine keeps its files."""
     logs = [path.read_text() for path in sorted(directory.glob(f"{name}-*.log"))]
-    return "".join(logs).replace(f"{directory}/", "").splitlines()
+    return "".join(logs).replace(f"{directory}/", "").replace(f"{REPOSITORY}/", "").splitlines()
 
 
 def markdown(record: dict[str, Any]) -> str:
