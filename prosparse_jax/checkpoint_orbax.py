@@ -28,6 +28,17 @@ def _is_not_from_orbax(record: logging.LogRecord) -> bool:
 # The same failure reaches the caller as one CheckpointError, so whatever Orbax logs would only be said twice.
 logging.getLogger("absl").addFilter(_is_not_from_orbax)
 
+
+def _is_not_a_lost_write(record: logging.LogRecord) -> bool:
+    """All but an error that TensorStore has set on a future which nobody awaits any more."""
+    error = record.exc_info[1] if record.exc_info else None
+    set_by_native_code = isinstance(error, ValueError) and error.__traceback__ is None
+    return not (set_by_native_code and "[os_error_code=" in str(error))
+
+
+# Of the writes of a save that fails, one tells Orbax; asyncio would print those that fail after it.
+logging.getLogger("asyncio").addFilter(_is_not_a_lost_write)
+
 _report_unraisable = sys.unraisablehook
 
 

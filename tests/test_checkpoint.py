@@ -1,6 +1,5 @@
 """Checkpoints against numpy copies, through other meshes, full disks and kills."""
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -20,10 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tensorstore
 
 import prosparse_jax.checkpoint as ck
-from prosparse_jax import checkpoint_orbax
 from prosparse_jax.checkpoint_pieces import CheckpointReader
 from prosparse_jax.config import DataConfig
 from prosparse_jax.data.loader import training_iterator
@@ -383,21 +380,6 @@ def test_a_failed_save_is_reported_once_and_spoils_nothing(tmp_path, kind):
         pytest.skip(f"cannot mount a small disk: {done.stderr}")
     assert done.returncode == 0, done.stderr[-5000:]
     assert "orbax" not in done.stderr, done.stderr[:5000]  # One error says it; Orbax must not add pages of them.
-
-
-def test_only_a_late_write_that_finds_its_event_loop_closed_goes_unreported(monkeypatch):
-    reported = []
-    monkeypatch.setattr(checkpoint_orbax, "_report_unraisable", reported.append)
-    monkeypatch.setattr("sys.unraisablehook", checkpoint_orbax._report_unless_late)  # pytest has put its own there.
-    loop, (promise, written) = asyncio.new_event_loop(), tensorstore.Promise.new()
-    waiting = asyncio.ensure_future(written, loop=loop)
-    loop.run_until_complete(asyncio.sleep(0))
-    loop.close()
-    promise.set_result(None)
-    assert not waiting.done()
-    assert not reported
-    type("Faulty", (), {"__del__": lambda self: loop.call_soon_threadsafe(print)})()
-    assert [str(unraisable.exc_value) for unraisable in reported] == ["Event loop is closed"]
 
 
 def kill_savers(directory, delays):
