@@ -1,6 +1,6 @@
 """Plans the recipes on the machines that they were written for, and prints the tables of docs/plan.md.
 
-    python benchmarks/plan_recipes.py --search                       # about 10 minutes on two cores, no GPU
+    python benchmarks/plan_recipes.py --search                       # half an hour on two cores, no GPU
     python benchmarks/plan_recipes.py --only 7b-documents --search   # that one alone
 
 Each plan is what scripts/plan.py gives (for those marked below with its search, if --search is given), and is written to
