@@ -27,9 +27,9 @@ from prosparse_jax.checkpoint_integrity import DAMAGED, set_aside, storage_error
 from prosparse_jax.checkpoint_orbax import Files, orbax_calls
 from prosparse_jax.checkpoint_position import restore_position
 from prosparse_jax.checkpoint_room import ROOM_FIX, check_room
-from prosparse_jax.checkpoint_together import JointSave
+from prosparse_jax.checkpoint_together import JointSave, patient_load
 from prosparse_jax.checkpoint_trees import abstract, describe, named_leaves, nest, stored_leaves
-from prosparse_jax.errors import CheckpointError, SaveError
+from prosparse_jax.errors import CheckpointError, SaveError, TransientError, needs_user
 from prosparse_jax.observe.files import delete_directory
 from prosparse_jax.parallel import distributed
 
@@ -95,7 +95,8 @@ class CheckpointStore:
         """Step of the newest checkpoint, up to `until` if given, whose files are those that were written, or None.
 
         Reads all of it. A damaged one is renamed to `<step>.damaged`, as `say` is told, and the one before is looked at.
-        One process calls it. Raises CheckpointError when all that are here are damaged, or one cannot be read at the moment.
+        One process calls it. Raises CheckpointError when all that are here are damaged, or one must not be read or renamed,
+        and TransientError when one cannot be read at the moment.
         """
         for step in sorted(_steps(self.directory), reverse=True):
             if until is not None and step > until:
@@ -106,7 +107,7 @@ class CheckpointStore:
                     return step
                 aside = set_aside(checkpoint)
             except OSError as error:
-                raise CheckpointError(
+                raise (CheckpointError if needs_user(error) else TransientError)(
                     f"the checkpoint of step {step} cannot be read or set aside: {error}. It may be whole: look at the "
                     f"storage of {self.directory} and try again, or rename that checkpoint to go on from the one before"
                 ) from error
@@ -395,7 +396,7 @@ def _load(checkpoint: Path, wanted: dict[str, PyTree]) -> dict[str, PyTree]:
     if differences:
         head = f"{checkpoint} is of another model or optimizer; {len(differences)} arrays differ:"
         raise CheckpointError("\n".join([head, *differences]))
-    with orbax_calls(f"{checkpoint} is damaged"):
+    with orbax_calls(f"{checkpoint} is damaged"), patient_load():
         loaded = named_leaves(ocp.load_checkpointables(str(checkpoint.absolute()), nest(wanted_stored)))
     leaves = [
         loaded[name] if name in loaded else jax.numpy.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)

@@ -19,10 +19,10 @@ import jax
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures import signaling_client
 
-from prosparse_jax.errors import CheckpointError
+from prosparse_jax.errors import CheckpointError, TransientError
 
 SAVE_SECONDS = 30 * 60
-"""How long a save may take. Far longer than parts of equal size can be apart."""
+"""How long a save may take, and the processes of a load be apart. Far longer than parts of equal size can be apart."""
 _LAST_WORDS_SECONDS = 60
 """How much later a process has to say how its part has ended; else it counts as lost."""
 _LONGEST_PAUSE_SECONDS = 0.5
@@ -51,9 +51,7 @@ class JointSave:
         number = next(_numbers)
         self._place = f"prosparse_jax/save/{number}"
         self._deadline = time.monotonic() + SAVE_SECONDS
-        # All of Orbax asks this function of its for the client.
-        signaling_client.get_signaling_client = _client  # pyrefly: ignore
-        self._client = _client()
+        self._client = _client_in_place()
         if jax.process_index() == 0:
             self._client.key_value_delete(f"prosparse_jax/save/{number - 1}/")  # All have left that one.
         self._client.save = self
@@ -147,6 +145,25 @@ class JointSave:
         return {int(key.rpartition("/")[2]): word for key, word in entries}
 
 
+@contextlib.contextmanager
+def patient_load() -> Iterator[None]:
+    """A block in which Orbax loads: its processes wait for each other as long as in a save.
+
+    Raises TransientError when that was not enough.
+    """
+    if jax.process_count() > 1:
+        _client_in_place()
+    try:
+        yield
+    except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise TransientError(
+            f"a checkpoint is read by all processes, and one was not done {SAVE_SECONDS} s after another: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
 class _Client(signaling_client.JaxDistributedSignalingClient):
     """Orbax's own client, except that its barriers are those of the save that is under way."""
 
@@ -154,7 +171,8 @@ class _Client(signaling_client.JaxDistributedSignalingClient):
 
     def wait_at_barrier(self, key: str, *, timeout_secs: int, process_ids: Sequence[int] | None = None) -> None:
         if (save := self.save) is None:
-            super().wait_at_barrier(key, timeout_secs=timeout_secs, process_ids=process_ids)
+            # In a load Orbax waits for 300 s, which processes that read from one slow storage can be apart.
+            super().wait_at_barrier(key, timeout_secs=max(timeout_secs, SAVE_SECONDS), process_ids=process_ids)
         else:
             save.meet(key)
 
@@ -162,6 +180,12 @@ class _Client(signaling_client.JaxDistributedSignalingClient):
 @functools.cache
 def _client() -> _Client:
     return _Client()
+
+
+def _client_in_place() -> _Client:
+    # All of Orbax asks this function of its for the client.
+    signaling_client.get_signaling_client = _client  # pyrefly: ignore
+    return _client()
 
 
 def _reason(error: Exception) -> str:

@@ -95,7 +95,7 @@ def _finished(config: Config) -> bool:
         summary = json.loads((directory / "summary.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
-    return stored == config_to_dict(config) and summary["step"] == config.training.steps
+    return stored == config_to_dict(config) and summary["finished"]
 
 
 def _remove_earlier(directory: Path, name: str) -> None:

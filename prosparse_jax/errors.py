@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from prosparse_jax.terminal import forgiving_output
 
 EXIT_USER_ERROR = 2
+EXIT_TRY_AGAIN = 75
+"""EX_TEMPFAIL of sysexits.h."""
 EXIT_INTERRUPTED = 130
 
 
@@ -45,6 +47,10 @@ class OutOfMemoryError(RuntimeError):
     """The devices have too little memory for the run."""
 
 
+class TransientError(RuntimeError):
+    """What may be over when the same command is given again, as a launcher does: a machine or a storage that is late."""
+
+
 class PlanError(ValueError):
     """A training step that cannot be compiled ahead of time."""
 
@@ -52,16 +58,25 @@ class PlanError(ValueError):
 # No room, over a quota or a file-size limit, a read-only file system.
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
+# A storage or its network that fails for a moment.
+TRANSIENT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
 USER_ERRORS = (
     ConfigError, DataError, RecordError, CheckpointError, TroubleError, OutOfMemoryError, PlanError,
     FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
 )  # fmt: skip
 
 
+def needs_user(error: BaseException) -> bool:
+    """Whether the same command would fail in the same way until somebody has mended something."""
+    return isinstance(error, USER_ERRORS) or (isinstance(error, OSError) and error.errno in STORAGE_ERRNOS)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`; prints user errors without a traceback.
 
-    Exit codes: 0 done, 2 user error, 130 interrupted. Anything else is a defect and keeps its traceback.
+    Exit codes: 0 done, 2 user error, 75 worth another try, 130 interrupted. Anything else is a defect and keeps its
+    traceback.
     """
     # SIGTERM ends a script as Ctrl-C does; a training loop catches both.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -75,7 +90,16 @@ def _run_reporting_errors(main: Callable[[], None]) -> None:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
+    except TransientError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_TRY_AGAIN) from None
     except OSError as error:
+        if error.errno in TRANSIENT_ERRNOS:
+            print(
+                f"error: the storage fails: {error}. Look at it, or try again (training: with --resume)",
+                file=sys.stderr,
+            )
+            raise SystemExit(EXIT_TRY_AGAIN) from None
         if error.errno not in STORAGE_ERRNOS:
             raise
         fix = "Make room and run it again (training: with --resume)"

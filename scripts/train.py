@@ -3,8 +3,9 @@
 Any field of the config can be overridden, for example `--optimizer.peak-lr 1e-4 --training.steps 200`; put `--help`
 after `--config FILE` to see all of them with their values. Without --config the tiny demo runs, on a CPU, in minutes.
 
-Exit codes: 0 done, or stopped by Ctrl-C or SIGTERM and saved; 2 something to mend, which the message names; 130 ended
-at once: a signal before the first step, a second one, or a save that took longer than survival.grace_seconds. Several
+Exit codes: 0 done, or stopped by Ctrl-C or SIGTERM and saved; 2 something to mend, which the message names; 75
+something that may pass, such as a machine or a storage that does not answer: try again with --resume; 130 ended at
+once: a signal before the first step, a second one, or a save that took longer than survival.grace_seconds. Several
 processes, SLURM and Kubernetes: docs/cluster.md.
 """
 

@@ -1,5 +1,6 @@
 """Opening whatever a user calls a model: a Hugging Face directory, a run, or a checkpoint."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from prosparse_jax.interop.weights import WeightSource, parameter_shapes
 
 
 class CheckpointSource:
-    """The parameters of a checkpoint of this project (a WeightSource), after a comparison with its checksums."""
+    """The parameters of a checkpoint of this project (a WeightSource).
+
+    The first read compares the files with their checksums, if they have any. Raises CheckpointError if one differs.
+    """
 
     def __init__(self, path: Path):
         self.location = checkpoint.find_checkpoint(path)
-        checkpoint.check_weights(self.location)
+        self._unchecked, self._checking = True, threading.Lock()
         self.config: Config = config_from_dict(checkpoint.read_config(self.location), source=str(self.location))
         self.model = self.config.model
         self.assets: Mapping[str, bytes] = checkpoint.read_assets(self.location)
@@ -33,13 +37,15 @@ class CheckpointSource:
         return self._reader.dtype(name)
 
     def read(self, name: str, layer: int | None, rows: slice = slice(None)) -> np.ndarray:
+        with self._checking:  # Several threads read at a time.
+            if self._unchecked:
+                checkpoint.check_weights(self.location)
+                self._unchecked = False
         return self._reader.read(name, layer, rows)
 
 
 def open_source(path: Path) -> WeightSource:
-    """Opens a Hugging Face directory, a run directory (its newest checkpoint) or a checkpoint.
-
-    The weights of the latter two are read once here where there are checksums to compare them with.
+    """Opens a Hugging Face directory, a run directory (its newest checkpoint) or a checkpoint; reads no weights.
 
     Raises:
         FileNotFoundError: There is nothing at `path`.

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from prosparse_jax.errors import ConfigError
+from prosparse_jax.errors import ConfigError, TransientError, needs_user
 from prosparse_jax.parallel.roll_call import CONNECT_SECONDS, PLAIN, Cluster, roll_call, versions
 
 
@@ -110,8 +110,8 @@ def _open_mpi(environment: Mapping[str, str]) -> Cluster | None:
 def connect(environment: Mapping[str, str] = os.environ) -> Cluster | None:
     """Joins the other processes, if the launcher started several. Call once, before JAX touches a device.
 
-    Raises ConfigError for variables that make no sense, a process 0 that cannot be reached, processes that do not all
-    come, or other package versions on some of them.
+    Raises ConfigError for variables that make no sense or other package versions on some processes, TransientError for
+    a process 0 that cannot be reached and processes that do not all come.
     """
     if (cluster := find_cluster(environment)) is None:
         return None
@@ -119,8 +119,9 @@ def connect(environment: Mapping[str, str] = os.environ) -> Cluster | None:
     if not seconds.isdecimal() or int(seconds) < 1:
         raise ConfigError([f"{CONNECT_SECONDS}={seconds!r} must be a whole number of seconds"])
     # JAX ends a process whose connection fails in the middle of C++, without a word that helps: so all meet here first.
-    if problems := roll_call(cluster, versions(), int(seconds)):
-        raise ConfigError(problems)
+    found = roll_call(cluster, versions(), int(seconds))
+    if found.problems:
+        raise TransientError("\n".join(found.problems)) if found.may_pass else ConfigError(found.problems)
     jax.distributed.initialize(
         cluster.coordinator,
         cluster.process_count,
@@ -135,7 +136,7 @@ def connect(environment: Mapping[str, str] = os.environ) -> Cluster | None:
 
 
 class OtherProcessError(ConfigError):
-    """Only another process failed; its own message says why."""
+    """Only another process failed, with what its user has to mend; its own message says why."""
 
 
 def is_first() -> bool:
@@ -154,8 +155,8 @@ def _gathered(values: np.ndarray) -> np.ndarray:
 def together(task: str) -> Iterator[None]:
     """A block that every process runs: an exception on one becomes one on all, so that none waits for it for ever.
 
-    The block itself must not wait for other processes. Raises the exception of this process, or
-    OtherProcessError where only others failed.
+    The block itself must not wait for other processes. Raises the exception of this process. Where only others failed,
+    OtherProcessError if their users can mend all of it, else TransientError.
     """
     if jax.process_count() == 1:
         yield
@@ -165,12 +166,14 @@ def together(task: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    failed = np.flatnonzero(_gathered(np.array(failure is not None)))
+    # 0: nothing, 1: what needs the user, 2: anything else.
+    kinds = _gathered(np.array(0 if failure is None else 1 if needs_user(failure) else 2))
     if failure is not None:
         raise failure
-    if failed.size:
-        names = ", ".join(map(str, failed))
-        raise OtherProcessError([f"process {names} could not {task}; what it prints says why"])
+    if np.any(kinds):
+        names = ", ".join(map(str, np.flatnonzero(kinds)))
+        told = f"process {names} could not {task}; what it prints says why"
+        raise OtherProcessError([told]) if np.max(kinds) == 1 else TransientError(told)
 
 
 def any_process(condition: bool) -> bool:
@@ -192,15 +195,16 @@ def from_first(task: str, compute: Callable[[], int | None]) -> int | None:
     return None if shared == -2 else shared
 
 
-def check_same_everywhere(config: Mapping[str, Any]) -> None:
-    """Raises ConfigError, on every process, unless all have the same configuration."""
+def check_same_everywhere(value: Any, told: str) -> None:
+    """Raises ConfigError, on every process, unless all have the same value: "process N", those that differ, and `told`.
+
+    Args:
+        value: What JSON knows.
+    """
     if jax.process_count() == 1:
         return
-    text = json.dumps(config, sort_keys=True, default=str)
+    text = json.dumps(value, sort_keys=True, default=str)
     digests = _gathered(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
     other = [index for index, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]
     if other:
-        names = ", ".join(map(str, other))
-        raise ConfigError(
-            [f"process {names} has another configuration than process 0; start all with the same arguments"]
-        )
+        raise ConfigError([f"process {', '.join(map(str, other))} {told}"])

@@ -5,10 +5,10 @@ import importlib.metadata
 import json
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
-from prosparse_jax.errors import ConfigError
+from prosparse_jax.errors import ConfigError, TransientError
 
 PLAIN = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """What a launcher that is neither SLURM nor Open MPI sets: host:port of process 0, how many, and which this is."""
@@ -33,16 +33,24 @@ class Cluster(NamedTuple):
     """The only GPU of its machine that this process uses; None where it has the machine for itself."""
 
 
+class Findings(NamedTuple):
+    """What is wrong with the processes that should be there; the same for all that came."""
+
+    problems: list[str]
+    may_pass: bool
+    """Whether somebody is only late: the same processes, started again, may all come."""
+
+
 def versions() -> dict[str, str]:
     """Versions that all processes must share: another one may compute or write something else."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def roll_call(cluster: Cluster, mine: Mapping[str, str], seconds: float) -> list[str]:
-    """What is wrong with the processes that should be there, the same on all that came; returns once all know.
+def roll_call(cluster: Cluster, mine: Mapping[str, str], seconds: float) -> Findings:
+    """Waits until all processes are there or the time is over; returns once all that came know.
 
     Process 0 listens at the coordinator's address, which JAX takes over afterwards; the others report there with their
-    number and versions. Raises ConfigError on a process that cannot reach process 0, or cannot listen.
+    number and versions. Raises TransientError on a process that cannot reach process 0, ConfigError if 0 cannot listen.
     """
     deadline = time.monotonic() + seconds
     host, _, port = cluster.coordinator.rpartition(":")
@@ -53,7 +61,7 @@ def roll_call(cluster: Cluster, mine: Mapping[str, str], seconds: float) -> list
 
 def _report(
     cluster: Cluster, mine: Mapping[str, str], address: tuple[str, int], deadline: float, seconds: float
-) -> list[str]:
+) -> Findings:
     hello = {"prosparse": cluster.process_index, "count": cluster.process_count, "versions": dict(mine)}
     while True:
         try:
@@ -61,20 +69,18 @@ def _report(
                 connection.sendall(json.dumps(hello).encode() + b"\n")
                 # Process 0 answers when all have come, or when its time is over.
                 connection.settimeout(seconds + _WORD_SECONDS)
-                return _read(connection)
-        except (OSError, ValueError) as error:
+                return Findings(*_read(connection))
+        except (OSError, ValueError, TypeError) as error:
             if time.monotonic() > deadline:
-                raise ConfigError(
-                    [
-                        f"process {cluster.process_index} of {cluster.process_count} cannot reach process 0 at "
-                        f"{cluster.coordinator} ({error}) after {seconds:g} s; check that it runs, that the other machines "
-                        f"know this address, and that no firewall closes the port (or raise {CONNECT_SECONDS})"
-                    ]
+                raise TransientError(
+                    f"process {cluster.process_index} of {cluster.process_count} cannot reach process 0 at "
+                    f"{cluster.coordinator} ({error}) after {seconds:g} s; check that it runs, that the other machines "
+                    f"know this address, and that no firewall closes the port (or raise {CONNECT_SECONDS})"
                 ) from error
             time.sleep(_RETRY_SECONDS)
 
 
-def _call(cluster: Cluster, mine: Mapping[str, str], port: int, deadline: float, seconds: float) -> list[str]:
+def _call(cluster: Cluster, mine: Mapping[str, str], port: int, deadline: float, seconds: float) -> Findings:
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     try:
@@ -96,24 +102,29 @@ def _call(cluster: Cluster, mine: Mapping[str, str], port: int, deadline: float,
                 if index in present:
                     problems.append(f"two processes say that they are number {index}; give each its own")
                 present[index] = (connection, hello)
-        problems += _differences(cluster, mine, {index: hello for index, (_, hello) in present.items()}, seconds)
-        answer = json.dumps(problems).encode() + b"\n"
+        problems += _differences(cluster, mine, {index: hello for index, (_, hello) in present.items()})
+        late = _late(cluster, present, seconds)
+        findings = Findings([*late, *problems], may_pass=bool(late) and not problems)
+        answer = json.dumps(findings).encode() + b"\n"
         for connection, _ in present.values():
             with contextlib.suppress(OSError):
                 connection.sendall(answer)
                 connection.recv(1)  # Closed there first, so that the port is free here.
-    return problems
+    return findings
 
 
-def _differences(
-    cluster: Cluster, mine: Mapping[str, str], hellos: Mapping[int, Mapping[str, Any]], seconds: float
-) -> list[str]:
+def _late(cluster: Cluster, present: Container[int], seconds: float) -> list[str]:
+    missing = ", ".join(str(index) for index in range(1, cluster.process_count) if index not in present)
+    if not missing:
+        return []
+    return [
+        f"process {missing} of {cluster.process_count} (announced by {cluster.launcher}) did not come to "
+        f"{cluster.coordinator} within {seconds:g} s; look at what they print (or raise {CONNECT_SECONDS})"
+    ]
+
+
+def _differences(cluster: Cluster, mine: Mapping[str, str], hellos: Mapping[int, Mapping[str, Any]]) -> list[str]:
     found = []
-    if missing := [str(index) for index in range(1, cluster.process_count) if index not in hellos]:
-        found.append(
-            f"process {', '.join(missing)} of {cluster.process_count} (announced by {cluster.launcher}) did not come to "
-            f"{cluster.coordinator} within {seconds:g} s; look at what they print (or raise {CONNECT_SECONDS})"
-        )
     for index, hello in sorted(hellos.items()):
         if hello.get("count") != cluster.process_count:
             counts = f"process {index} was told of {hello.get('count')} processes, process 0 of {cluster.process_count}"

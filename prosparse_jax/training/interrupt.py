@@ -25,10 +25,11 @@ class StopRequest:
 
     With several processes, `requested` gives all of them the same answer at the same step, whichever was asked: JAX's
     coordination service agrees on a step that none has passed, in the background. It takes SIGTERM itself, so SIGINT is
-    turned into that; a SIGTERM that comes during the compilation counts at the first step.
+    turned into that; a SIGTERM that comes during the compilation counts at the first step. The grace time begins at the
+    step at which all stop, so that one of them that hangs before it is ended by its launcher alone.
 
     Args:
-        grace_seconds: From the first signal to the end by force.
+        grace_seconds: From the first signal, or the step at which all processes stop, to the end by force.
     """
 
     def __init__(self, grace_seconds: float) -> None:

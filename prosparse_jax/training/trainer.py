@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from prosparse_jax import checkpoint, config_checks
 from prosparse_jax.config import Config
 from prosparse_jax.config_io import config_to_dict
 from prosparse_jax.data.sources import source_names
-from prosparse_jax.errors import CheckpointError, SaveError, TroubleError
+from prosparse_jax.errors import CheckpointError, SaveError, TransientError, TroubleError
 from prosparse_jax.evaluation.report import source_table
 from prosparse_jax.evaluation.validation import run_validation
 from prosparse_jax.interop.weights import WeightSource
@@ -37,7 +37,7 @@ from prosparse_jax.observe.profiler import ProfilerWindow, explaining_out_of_mem
 from prosparse_jax.observe.progress import Progress, standard_console
 from prosparse_jax.parallel import distributed
 from prosparse_jax.training.initialise import starting_parameters
-from prosparse_jax.training.inputs import checked_program, read_inputs
+from prosparse_jax.training.inputs import Inputs, checked_program, read_inputs
 from prosparse_jax.training.interrupt import StopRequest
 from prosparse_jax.training.records import source_rows, training_record, validation_record
 from prosparse_jax.training.run_directory import CHECKPOINTS, claimed, run_directory, step_to_resume
@@ -203,7 +203,7 @@ class _Loop:
             yield
         except SaveError as error:
             failure = error
-        except (CheckpointError, distributed.OtherProcessError, OSError) as error:
+        except (CheckpointError, distributed.OtherProcessError, TransientError, OSError) as error:
             failure = SaveError(str(error))
         if distributed.any_process(failure is not None):
             self.unsaved = failure or SaveError("another process could not write its part of the checkpoint")
@@ -326,6 +326,27 @@ def _restored(program: Program, store: checkpoint.CheckpointStore, step: int, it
     return rest._replace(parameters=parameters)
 
 
+def _agreed_program(config: Config, *, resume: bool) -> Program:
+    """That of a config without problems on all processes, the same on all."""
+    with distributed.together("use the configuration"):
+        program = checked_program(config, resume=resume)
+    told = "has another configuration than process 0; start all with the same arguments"
+    distributed.check_same_everywhere(config_to_dict(config), told)
+    return program
+
+
+def _agreed_inputs(
+    program: Program, store: checkpoint.CheckpointStore, saved: int | None, say: Callable[[str], None]
+) -> Inputs:
+    """Text and weights that all processes can read. The checkpoint that they start from is the same."""
+    with distributed.together("read the text"):
+        inputs = read_inputs(program, store, saved, say)
+    # A run that is still training has a newer checkpoint from one moment to the next.
+    told = "found another checkpoint in init_from than process 0; name the one that is meant, <run>/checkpoints/<step>"
+    distributed.check_same_everywhere(inputs.source and inputs.source.location.name, told)
+    return inputs
+
+
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> RunResult:
     """Runs `config` to its last step, or until SIGINT or SIGTERM, and writes everything into its run directory.
 
@@ -338,9 +359,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     # Rich would break a path in two at the width of the terminal.
     say = functools.partial(console.print, soft_wrap=True)
     goodput, directory = Goodput(), run_directory(config)
-    with distributed.together("use the configuration"):
-        program = checked_program(config, resume=resume)
-    distributed.check_same_everywhere(config_to_dict(config))
+    program = _agreed_program(config, resume=resume)
     for warning in config_checks.warnings(config):
         say(f"warning: {warning}")
     with contextlib.ExitStack() as stack:
@@ -352,8 +371,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             store = stack.enter_context(checkpoint.CheckpointStore(directory / CHECKPOINTS, **keep))
         stack.enter_context(jax.set_mesh(program.mesh))
         saved = step_to_resume(program.config, store, resume=resume, say=say)
-        with distributed.together("read the text"):
-            inputs = read_inputs(program, store, saved, say)
+        with distributed.together("write into the run directory"):
+            if first and saved != config.training.steps:
+                _begin_summary(directory)
+        inputs = _agreed_inputs(program, store, saved, say)
         with explaining_out_of_memory(directory):
             state = _starting_state(program, store, saved, inputs.source, inputs.iterator)
         start, writer = saved or 0, None
@@ -361,7 +382,6 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             rollbacks = Rollbacks.read(directory, start)
             if first:
                 write_json_atomic(directory / "config.json", config_to_dict(config))
-                _begin_summary(directory)
                 writer = stack.enter_context(
                     MetricsWriter(directory, tensorboard=config.logging.tensorboard, resume_step=start)
                 )
@@ -397,7 +417,7 @@ def _finish(loop: _Loop, compiles: CompileCounter, step: int, interrupted: bool)
         "name": config.name,
         "step": step,
         "steps": config.training.steps,
-        "finished": step == config.training.steps,
+        "finished": step == config.training.steps and loop.unsaved is None,
         "wall_seconds": sum(seconds.values()) + earlier.get("wall_seconds", 0.0),
         "goodput": goodput,
         "compiles": compiles.summary(),
@@ -417,7 +437,8 @@ def _finish(loop: _Loop, compiles: CompileCounter, step: int, interrupted: bool)
 
 
 def _begin_summary(directory: Path) -> None:
-    """Launchers start a run again until it is finished: one that goes on to more steps is not, even if it is killed now."""
+    """Launchers start a run again until it is finished: one that goes on to more steps is not, even if it is killed while
+    it reads its text."""
     if earlier := _summary_of(directory):
         write_json_atomic(directory / "summary.json", earlier | {"finished": False})
 

@@ -1,26 +1,30 @@
-"""One of several processes that save into one directory, in which a part of a save fails on one of them. A script.
+"""One of several processes that save into one directory, in which a part of a save fails on one of them, and that load
+what is left, to which one of them comes late. A script.
 
 `python joint_saves.py DIRECTORY`, with the JAX_ variables of a launcher. Prints one line of JSON for each save: its step,
-what it failed with, if so, and, in process 0, what the directory then holds.
+what it failed with, if so, and, in process 0, what the directory then holds; then one for each load, with its failure.
 """
 
 import asyncio
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint.experimental.v1._src.synchronization.multihost as orbax_multihost
 from jax.sharding import NamedSharding, PartitionSpec
 
 from prosparse_jax import checkpoint, checkpoint_together
-from prosparse_jax.errors import CheckpointError
+from prosparse_jax.errors import CheckpointError, TransientError
 from prosparse_jax.parallel import distributed
 
 ROWS, COLUMNS = 24, 32
 CROSSED_AT, BLOCKED = 5, {0: "parameters", 1: "optimizer"}
 HANGS_AT = 7
 PATIENCE_SECONDS = 3
+LATE_SECONDS = 5
 
 
 def given_up(directory: Path) -> Path:
@@ -90,6 +94,21 @@ def main(directory: Path) -> None:
             if step == HANGS_AT:
                 given_up(directory).touch()
                 checkpoint_together.SAVE_SECONDS = 600
+        orbax_multihost._DEFAULT_BARRIER_TIMEOUT = 1
+        for patience in (600, PATIENCE_SECONDS):
+            checkpoint_together.SAVE_SECONDS, failure = patience, ""
+            if jax.process_index() == 1:
+                time.sleep(LATE_SECONDS)
+            try:
+                parameters, optimizer = store.restore(
+                    8, parameters={"w": rows(0)}, optimizer={"m": rows(0)}, data_iterator=None
+                )
+                for loaded, saved in ((parameters["w"], rows(8)), (optimizer["m"], rows(-8))):
+                    for ours, theirs in zip(loaded.addressable_shards, saved.addressable_shards, strict=True):
+                        np.testing.assert_array_equal(ours.data, theirs.data)
+            except TransientError as error:
+                failure = str(error)
+            print(json.dumps({"load": patience, "failure": failure}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A full disk: the run goes on, what was saved stays, messages say what to do, and with room again all is as if nothing
 had been."""
 
+import json
 import resource
 import signal
 from pathlib import Path
@@ -37,6 +38,7 @@ def test_no_room_for_a_checkpoint(scripts, reference):
     # Room for the metrics, and less than the array files of a checkpoint need.
     message = run_out_of_room(scripts, run, every=4, spare=50_000)
     assert lines(run / "metrics.jsonl")[-1]["step"] == 30  # The run has gone on.
+    assert json.loads((run / "summary.json").read_text())["finished"] is False
     saved = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
     assert f"that of step {saved[-1]} is complete" in message
     assert str(run / "checkpoints") in message

@@ -78,7 +78,20 @@ def test_slurm_queues_an_unfinished_run_again(tmp_path, script, restarts, requeu
     stand_in(tmp_path, "scontrol", 'echo "$@" > "$RUN/requeued"\n')
     command = ["bash", str(LAUNCH / "train.sbatch"), "--config", "configs/my recipe.py"]
     assert subprocess.run(command, env=environment(tmp_path, SLURM_JOB_ID="17", **restarts)).returncode == code
-    assert f"--run-directory {tmp_path} --resume --config configs/my recipe.py" in (tmp_path / "command").read_text()
+    started = (tmp_path / "command").read_text()
+    assert f"--run-directory {tmp_path} --resume --config configs/my recipe.py" in started
+    assert started.startswith("--kill-on-bad-exit=1 ")
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+@pytest.mark.parametrize(("left", "limit"), [(3600, "--time=59 "), (24 * 3600, "--time=1439 "), (90, "--kill")])
+def test_slurm_ends_the_processes_before_the_script_that_queues_them_again(tmp_path, left, limit):
+    stand_in(tmp_path, "srun", 'echo "$@" > "$RUN/command"\nexit 143\n')
+    stand_in(tmp_path, "scontrol", 'echo "$@" > "$RUN/requeued"\n')
+    end = str(int(time.time()) + left + 20)  # The script rounds down, however late it comes to it.
+    variables = {"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": end}
+    subprocess.run(["bash", str(LAUNCH / "train.sbatch")], env=environment(tmp_path, **variables), check=False)
+    assert (tmp_path / "command").read_text().startswith(limit)
+    assert (tmp_path / "requeued").exists()
