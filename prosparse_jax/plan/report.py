@@ -68,7 +68,11 @@ def _collectives_table(plan: Plan) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in plan.collectives:
         counts = (row.devices, row.per_iteration, row.tensors, row.count)
-        table.add_row(row.kind, row.dtype, row.where, *map(str, counts), f"{row.bytes / GIB:,.2f}")
+        size = row.bytes / GIB
+        # Whole numbers of large ones, so that the table fits a terminal of 80 columns.
+        table.add_row(
+            row.kind, row.dtype, row.where, *map(str, counts), f"{size:,.2f}" if size < 100 else f"{size:,.0f}"
+        )
     return table
 
 
