@@ -11,9 +11,10 @@ them. Typed PRNG keys are stored as the uint32 data behind them.
 """
 
 import contextlib
+import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +30,7 @@ from prosparse_jax.checkpoint_position import restore_position
 from prosparse_jax.checkpoint_room import ROOM_FIX, check_room
 from prosparse_jax.checkpoint_together import JointSave, patient_load
 from prosparse_jax.checkpoint_trees import abstract, describe, named_leaves, nest, stored_leaves
-from prosparse_jax.errors import CheckpointError, SaveError, TransientError, needs_user
+from prosparse_jax.errors import CheckpointError, SaveError
 from prosparse_jax.observe.files import delete_directory
 from prosparse_jax.parallel import distributed
 
@@ -95,8 +96,7 @@ class CheckpointStore:
         """Step of the newest checkpoint, up to `until` if given, whose files are those that were written, or None.
 
         Reads all of it. A damaged one is renamed to `<step>.damaged`, as `say` is told, and the one before is looked at.
-        One process calls it. Raises CheckpointError when all that are here are damaged, or one must not be read or renamed,
-        and TransientError when one cannot be read at the moment.
+        One process calls it. Raises CheckpointError when all that are here are damaged, or one cannot be read at the moment.
         """
         for step in sorted(_steps(self.directory), reverse=True):
             if until is not None and step > until:
@@ -107,7 +107,7 @@ class CheckpointStore:
                     return step
                 aside = set_aside(checkpoint)
             except OSError as error:
-                raise (CheckpointError if needs_user(error) else TransientError)(
+                raise CheckpointError(
                     f"the checkpoint of step {step} cannot be read or set aside: {error}. It may be whole: look at the "
                     f"storage of {self.directory} and try again, or rename that checkpoint to go on from the one before"
                 ) from error
@@ -300,8 +300,8 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def check_weights(checkpoint: Path) -> None:
-    """Compares what evaluation and export read of `checkpoint` with its checksums; one without any passes.
+def check_items(checkpoint: Path, items: Collection[str]) -> None:
+    """Compares the files of some items of `checkpoint` with their checksums; one without any passes.
 
     Raises:
         CheckpointError: Something differs, or cannot be read.
@@ -309,7 +309,7 @@ def check_weights(checkpoint: Path) -> None:
     try:
         if not checkpoint_integrity.has_manifest(checkpoint):
             return
-        found = checkpoint_integrity.damage(checkpoint, ["parameters", "config", "assets"])
+        found = checkpoint_integrity.damage(checkpoint, items)
     except OSError as error:
         raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
     if found:
@@ -323,8 +323,13 @@ def check_weights(checkpoint: Path) -> None:
 
 def read_config(checkpoint: Path) -> dict:
     """The resolved configuration of the run that wrote `checkpoint`. Raises CheckpointError if it is not there."""
-    with orbax_calls(f"{checkpoint} is not a complete checkpoint, its config cannot be read"):
-        return ocp.load_checkpointables(str(checkpoint.absolute()), {"config": None})["config"]
+    try:
+        # As Orbax's JsonHandler names it. A load through Orbax would wait for all processes, each of which asks on its own.
+        return json.loads((checkpoint / "config" / "data.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is not a complete checkpoint, its config cannot be read: {error}"
+        ) from error
 
 
 def read_assets(checkpoint: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Errors that a user can cause and can mend, and how a script reports them."""
 
 import errno
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 # A storage or its network that fails for a moment.
 TRANSIENT_ERRNOS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+_TENSORSTORE_ERRNO = re.compile(r"\[os_error_code='(\d+)'")
 
 USER_ERRORS = (
     ConfigError, DataError, RecordError, CheckpointError, TroubleError, OutOfMemoryError, PlanError,
@@ -67,8 +69,22 @@ USER_ERRORS = (
 )  # fmt: skip
 
 
+def may_pass(error: BaseException | None) -> bool:
+    """Whether what fails for a moment is among the causes of `error`: the same command may succeed later."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if told := _TENSORSTORE_ERRNO.search(str(error)):
+            number = int(told[1])
+        if isinstance(error, TransientError) or number in TRANSIENT_ERRNOS:
+            return True
+        error = error.__cause__
+    return False
+
+
 def needs_user(error: BaseException) -> bool:
     """Whether the same command would fail in the same way until somebody has mended something."""
+    if may_pass(error):
+        return False
     return isinstance(error, USER_ERRORS) or (isinstance(error, OSError) and error.errno in STORAGE_ERRNOS)
 
 
@@ -87,12 +103,9 @@ def run_script(main: Callable[[], None]) -> None:
 def _run_reporting_errors(main: Callable[[], None]) -> None:
     try:
         main()
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, TransientError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
-    except TransientError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_TRY_AGAIN) from None
+        raise SystemExit(EXIT_TRY_AGAIN if may_pass(error) else EXIT_USER_ERROR) from None
     except OSError as error:
         if error.errno in TRANSIENT_ERRNOS:
             print(

@@ -85,6 +85,27 @@ SWISH = ("--model.activation.name=swish", "--sparsity.stages.1.peak=0", "--spars
 WITHOUT_FFN = ("--model.ffn-width=0", "--sparsity.stages.1.peak=0", "--sparsity.stages.2.peak=0")
 
 
+# Appended to a recipe. What a run computes stays the same.
+UNHURRIED = """
+import time
+import prosparse_jax.training.inputs as inputs
+made = inputs.training_iterator
+
+def training_iterator(*arguments, **options):
+    iterator = made(*arguments, **options)
+    take = type(iterator).__next__
+
+    def __next__(self):
+        time.sleep({seconds})
+        return take(self)
+
+    type(iterator).__next__ = __next__
+    return iterator
+
+inputs.training_iterator = training_iterator
+"""
+
+
 def write_text(folder: Path, documents: int = 60) -> Path:
     """A folder of text files: English words in random order, the same in every session."""
     folder.mkdir(parents=True)
@@ -132,6 +153,12 @@ class Scripts:
     def run(self, script: str, *arguments: object, code: int = 0, **options) -> subprocess.CompletedProcess:
         """Runs a script to its end and checks its exit code; none ever shows a traceback."""
         return finish(self.start(script, *arguments, **options), code)
+
+
+def slow_down(scripts: Scripts, seconds: float) -> None:
+    """Makes each step take so long at least, so that a run is not over before a busy machine lets a test act on it."""
+    with scripts.recipe.open("a") as recipe:
+        recipe.write(UNHURRIED.format(seconds=seconds))
 
 
 def finish(process: subprocess.Popen, code: int) -> subprocess.CompletedProcess:

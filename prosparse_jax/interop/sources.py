@@ -18,12 +18,15 @@ from prosparse_jax.interop.weights import WeightSource, parameter_shapes
 class CheckpointSource:
     """The parameters of a checkpoint of this project (a WeightSource).
 
-    The first read compares the files with their checksums, if they have any. Raises CheckpointError if one differs.
+    Its files are compared with their checksums, if they have any: those of the weights at the first read. Raises
+    CheckpointError if one differs.
     """
 
     def __init__(self, path: Path):
         self.location = checkpoint.find_checkpoint(path)
-        self._unchecked, self._checking = True, threading.Lock()
+        checkpoint.check_items(self.location, ["config", "assets"])
+        self._checking, self._checked = threading.Lock(), False
+        self._damage: CheckpointError | None = None
         self.config: Config = config_from_dict(checkpoint.read_config(self.location), source=str(self.location))
         self.model = self.config.model
         self.assets: Mapping[str, bytes] = checkpoint.read_assets(self.location)
@@ -38,9 +41,14 @@ class CheckpointSource:
 
     def read(self, name: str, layer: int | None, rows: slice = slice(None)) -> np.ndarray:
         with self._checking:  # Several threads read at a time.
-            if self._unchecked:
-                checkpoint.check_weights(self.location)
-                self._unchecked = False
+            if not self._checked:
+                try:
+                    checkpoint.check_items(self.location, ["parameters"])
+                except CheckpointError as error:
+                    self._damage = error
+                self._checked = True
+            if self._damage:
+                raise self._damage
         return self._reader.read(name, layer, rows)
 
 

@@ -12,6 +12,7 @@ from prosparse_jax.errors import ConfigError, DataError
 from prosparse_jax.interop.hf_reader import CONFIG, GENERATION_CONFIG
 from prosparse_jax.interop.sources import open_source
 from prosparse_jax.interop.weights import WeightSource, load_sharded
+from prosparse_jax.parallel import distributed
 from prosparse_jax.training.setup import Program
 from prosparse_jax.training.state import Parameters, initial_parameters
 
@@ -110,4 +111,5 @@ def starting_parameters(program: Program, source: WeightSource | None) -> Parame
     """Random parameters, or those of `source` on this run's mesh, as float32. Call under `jax.set_mesh`."""
     if source is None:
         return initial_parameters(program.config, program.options)
-    return load_sharded(source, program.abstract_parameters)
+    with distributed.together("read the weights"):
+        return load_sharded(source, program.abstract_parameters)

@@ -28,7 +28,7 @@ LATE_SECONDS = 5
 
 
 def given_up(directory: Path) -> Path:
-    """Is there once a process has given up waiting for the one that hangs."""
+    """Is there once a process has given up waiting for the one that hangs, or comes late."""
     return directory.with_name("given up")
 
 
@@ -95,10 +95,13 @@ def main(directory: Path) -> None:
                 given_up(directory).touch()
                 checkpoint_together.SAVE_SECONDS = 600
         orbax_multihost._DEFAULT_BARRIER_TIMEOUT = 1
+        given_up(directory).unlink(missing_ok=True)
         for patience in (600, PATIENCE_SECONDS):
             checkpoint_together.SAVE_SECONDS, failure = patience, ""
             if jax.process_index() == 1:
                 time.sleep(LATE_SECONDS)
+                while patience == PATIENCE_SECONDS and not given_up(directory).exists():
+                    time.sleep(0.1)
             try:
                 parameters, optimizer = store.restore(
                     8, parameters={"w": rows(0)}, optimizer={"m": rows(0)}, data_iterator=None
@@ -109,6 +112,8 @@ def main(directory: Path) -> None:
             except TransientError as error:
                 failure = str(error)
             print(json.dumps({"load": patience, "failure": failure}), flush=True)
+            if failure:
+                given_up(directory).touch()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    return os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "RUN": str(folder)} | more
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return outside | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "RUN": str(folder)} | more
 
 
 @pytest.mark.parametrize("pause", [0, 0.1], ids=["", "slow shell"])

@@ -2,6 +2,7 @@
 checkpoint together or fail to, stop together, and go on in another number with the text that one would have read."""
 
 import json
+import random
 import re
 import resource
 import shutil
@@ -15,8 +16,20 @@ import numpy as np
 import pytest
 
 from prosparse_jax import checkpoint_integrity
+from prosparse_jax.prove_resume import DAMAGE
 from tests.faults import joint_saves
-from tests.processes import PATIENCE, UNFINISHED, Scripts, finish, lines, printed_until, steps, stop_when, wait_until
+from tests.processes import (
+    PATIENCE,
+    UNFINISHED,
+    Scripts,
+    finish,
+    lines,
+    printed_until,
+    slow_down,
+    steps,
+    stop_when,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.faults, pytest.mark.sharding]
 
@@ -63,6 +76,13 @@ def losses(run):
     return np.array([line["loss"] for line in lines(run / "metrics.jsonl")])
 
 
+@pytest.fixture
+def unhurried(scripts) -> Scripts:
+    """Scripts whose runs are slow: all processes stop some steps after a signal, and there are only 30."""
+    slow_down(scripts, 0.2)
+    return scripts
+
+
 def stopped_at(
     step: int, processes: list[subprocess.Popen], run: Path
 ) -> tuple[int, list[subprocess.CompletedProcess]]:
@@ -81,10 +101,10 @@ def assert_trained_as(run: Path, reference: Path) -> None:
     np.testing.assert_allclose(losses(run), losses(reference), rtol=TOLERANCE)
 
 
-def test_two_processes_train_save_stop_and_go_on_alone(scripts, reference):
-    run = scripts.directory / "runs" / "tiny"
+def test_two_processes_train_save_stop_and_go_on_alone(unhurried, reference):
+    run = unhurried.directory / "runs" / "tiny"
     # The second process is asked, both stop at the same step and save together.
-    stopped, (first, second) = stopped_at(5, start(scripts, 2, "--checkpoint.every", 1000), run)
+    stopped, (first, second) = stopped_at(5, start(unhurried, 2, "--checkpoint.every", 1000), run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(stopped)]
     assert f"stopped at step {stopped}, saved" in first.stdout
     # Gloo itself says one line; the run says nothing there.
@@ -93,21 +113,21 @@ def test_two_processes_train_save_stop_and_go_on_alone(scripts, reference):
     data = run / "checkpoints" / str(stopped) / "data"
     assert sorted(path.name for path in data.iterdir()) == ["process_0-of-2.json", "process_1-of-2.json"]
 
-    alone = scripts.run("train", "--resume")
+    alone = unhurried.run("train", "--resume")
     assert f"resuming from the checkpoint of step {stopped}" in alone.stdout
     assert "mesh.data: 2 -> 1" in alone.stdout
     assert_trained_as(run, reference)
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_in_two_and_then_in_four(scripts, reference):
-    run = scripts.directory / "runs" / "tiny"
+def test_a_run_of_one_process_goes_on_in_two_and_then_in_four(unhurried, reference):
+    run = unhurried.directory / "runs" / "tiny"
     rare = "--checkpoint.every=1000"
-    one, _ = stopped_at(5, [scripts.start("train", rare)], run)
+    one, _ = stopped_at(5, [unhurried.start("train", rare)], run)
     np.testing.assert_array_equal(losses(run), losses(reference)[:one])
-    two, (first, _) = stopped_at(one + 5, start(scripts, 2, "--resume", rare), run)
+    two, (first, _) = stopped_at(one + 5, start(unhurried, 2, "--resume", rare), run)
     assert f"resuming from the checkpoint of step {one}" in first.stdout
-    first, *_ = ended(start(scripts, 4, "--resume", rare))
+    first, *_ = ended(start(unhurried, 4, "--resume", rare))
     assert f"resuming from the checkpoint of step {two}" in first.stdout
     assert one < two < 30
     assert_trained_as(run, reference)
@@ -131,35 +151,60 @@ def test_processes_with_different_configurations_stop_before_they_compile(script
         assert "compiled" not in process.stdout
 
 
-def test_processes_that_find_different_checkpoints_to_start_from(scripts, reference):
-    """As those that look while another run ends a save. Here each has a home of its own."""
-    homes = {}
-    for index, last in enumerate((30, 28)):
-        homes[index] = {"HOME": str(scripts.directory / f"home{index}")}
-        run = scripts.directory / f"home{index}" / "base"
-        shutil.copytree(reference, run)
-        if last == 28:
-            shutil.rmtree(run / "checkpoints" / "30")
-    for process in ended(start(scripts, 2, "--init-from=~/base", environments=homes), code=2):
+@pytest.fixture
+def homes(scripts, reference) -> list[Path]:
+    """A folder for each of two processes, with a run `base` that has the checkpoints 28 and 30."""
+    folders = [scripts.directory / f"home{index}" for index in range(2)]
+    for folder in folders:
+        shutil.copytree(reference, folder / "base")
+    return folders
+
+
+def started_from_homes(scripts, homes: list[Path]) -> list[subprocess.Popen]:
+    environments = {index: {"HOME": str(home)} for index, home in enumerate(homes)}
+    return start(scripts, 2, "--init-from=~/base", environments=environments)
+
+
+def test_processes_that_find_different_checkpoints_to_start_from(scripts, homes):
+    """As those that look while another run ends a save."""
+    shutil.rmtree(homes[1] / "base" / "checkpoints" / "30")
+    for process in ended(started_from_homes(scripts, homes), code=2):
         assert "process 1 found another checkpoint in init_from than process 0; name the one" in process.stderr
         assert "compiled" not in process.stdout
 
 
+def test_weights_that_are_damaged_for_one_process_stop_all(scripts, homes):
+    files = [path for path in (homes[1] / "base/checkpoints/30/parameters").rglob("*") if path.is_file()]
+    DAMAGE["a bit flipped"](max(files, key=lambda path: path.stat().st_size), random.Random(0))
+    first, second = ended(started_from_homes(scripts, homes), code=2)
+    assert "process 1 could not read the weights; what it prints says why" in first.stderr
+    assert "/home1/base/checkpoints/30 is damaged: parameters/" in second.stderr
+
+
 def test_processes_that_do_not_all_come_may_be_tried_again(scripts):
     few = places(3)[:2]
-    waits = {"PROSPARSE_CONNECT_SECONDS": "3"}
+    waits = {"PROSPARSE_CONNECT_SECONDS": "20"}  # Far longer than the two can be apart.
     for process in [scripts.start("train", env=place | waits) for place in few]:
         assert "error: process 2 of 3" in finish(process, 75).stderr
 
 
 @pytest.mark.parametrize(
-    ("failure", "code"), [("OSError(5, 'Input/output error')", 75), ("PermissionError(13, 'no')", 2)]
+    ("failure", "code"),
+    [
+        ("OSError(5, 'Input/output error')", 75),
+        ("DataError('unreadable') from OSError(116, 'Stale file handle')", 75),
+        ("CheckpointError('unreadable') from ValueError(\"UNKNOWN: read [os_error_code='5']\")", 75),
+        ("PermissionError(13, 'no')", 2),
+        ("DataError('unreadable') from OSError(13, 'no')", 2),
+    ],
 )
+@pytest.mark.slow
 def test_what_breaks_one_process_is_not_always_the_users_error(scripts, failure, code):
     """The others of a process whose storage fails for a moment end with what makes a launcher try again."""
     other = scripts.directory / "other.py"
     spoiled = f"""
 import jax, prosparse_jax.training.trainer as trainer
+from prosparse_jax.errors import CheckpointError, DataError
 def fails(*arguments):
     raise {failure}
 trainer.read_inputs = fails
@@ -182,13 +227,13 @@ def test_settings_that_do_not_fit_several_processes(scripts):
 
 
 @pytest.mark.slow
-def test_tensor_groups_in_two_processes_train_what_one_device_trains(scripts, reference):
+def test_tensor_groups_in_two_processes_train_what_one_device_trains(unhurried, reference):
     """And save together what one process goes on with, without tensor groups. Each group is of one process."""
-    run = scripts.directory / "runs" / "tiny"
+    run = unhurried.directory / "runs" / "tiny"
     mesh = ("--mesh.data=1", "--mesh.fsdp=2", "--mesh.tensor=2")
     rare = ("--checkpoint.every=1000", "--logging.profile-start=2", "--logging.profile-steps=1")
-    two = devices(scripts, 2)
-    stopped, _ = stopped_at(5, start(scripts, 2, *mesh, *rare, environments=two), run)
+    two = devices(unhurried, 2)
+    stopped, _ = stopped_at(5, start(unhurried, 2, *mesh, *rare, environments=two), run)
     assert [path.name for path in (run / "checkpoints").iterdir()] == [str(stopped)]
     for item in ("parameters", "optimizer"):
         shares = (run / "checkpoints" / str(stopped) / item).glob("ocdbt.process_*")
@@ -196,7 +241,7 @@ def test_tensor_groups_in_two_processes_train_what_one_device_trains(scripts, re
     for process in (0, 1):
         (profile,) = (run / "profile" / f"step_2_process_{process}").rglob("*.xplane.pb")
         assert profile.stat().st_size
-    alone = scripts.run("train", "--resume", "--mesh.fsdp=2", "--checkpoint.every=1000", env=two[0])
+    alone = unhurried.run("train", "--resume", "--mesh.fsdp=2", "--checkpoint.every=1000", env=two[0])
     assert "mesh.tensor: 2 -> 1" in alone.stdout
     assert f"resuming from the checkpoint of step {stopped}" in alone.stdout
     assert_trained_as(run, reference)

@@ -18,6 +18,7 @@ from tests.processes import (
     finish,
     lines,
     scripts_in,
+    slow_down,
     steps,
     stop_when,
     wait_until,
@@ -31,7 +32,9 @@ def spaced(tmp_path, text, session_directory) -> Scripts:
     """Scripts in a directory whose name needs quotes."""
     folder = tmp_path / "my runs"
     folder.mkdir()
-    return scripts_in(folder, text, session_directory)
+    scripts = scripts_in(folder, text, session_directory)
+    slow_down(scripts, 0.05)
+    return scripts
 
 
 def continued(scripts: Scripts, output: str) -> subprocess.CompletedProcess:
@@ -63,6 +66,7 @@ def test_a_stopped_run_saves_and_the_command_it_tells_continues_it(spaced, refer
 
 def test_a_run_whose_reader_is_gone_still_saves(scripts, reference):
     """`python scripts/train.py 2>&1 | tee log` and Ctrl-C: `tee` dies of the same signal."""
+    slow_down(scripts, 0.05)
     run = scripts.directory / "runs" / "tiny"
     process = scripts.start("train", "--checkpoint.every", 1000, stderr=subprocess.STDOUT)
     wait_until(process, lambda: len(steps(run / "metrics.jsonl")) >= 5)
@@ -104,6 +108,7 @@ def test_stopped_while_it_compiles(scripts):
 
 
 def test_a_second_signal_while_it_saves_ends_it_and_tears_nothing(scripts, reference):
+    slow_down(scripts, 0.05)
     run = scripts.directory / "runs" / "tiny"
     process = scripts.start("train", "--checkpoint.every", 8)
     wait_until(process, lambda: len(steps(run / "metrics.jsonl")) >= 11)

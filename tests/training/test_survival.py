@@ -348,18 +348,22 @@ def test_out_of_memory_names_the_knobs(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
-def test_a_run_that_goes_on_to_more_steps_is_not_finished(tmp_path, loader):
-    """What launchers ask (scripts/launch/train.sbatch), after a crash too."""
+def test_a_run_that_goes_on_to_more_steps_is_not_finished(tmp_path, monkeypatch):
+    """What launchers ask (scripts/launch/train.sbatch), after a crash while it reads its text too."""
     config = tiny(tmp_path, "longer")
     short = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=12))
     summary = train(short, console=Console(quiet=True)).directory / "summary.json"
     assert json.loads(summary.read_text())["finished"] is True
 
-    def crash(number, take):
+    def crash(*arguments, **options):
         raise RuntimeError("crashed")
 
-    loader(crash)
-    with pytest.raises(RuntimeError, match="crashed"):
-        train(config, resume=True, console=Console(quiet=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "training_iterator", crash)
+        with pytest.raises(RuntimeError, match="crashed"):
+            train(short, resume=True, console=Console(quiet=True))
+        assert json.loads(summary.read_text())["finished"] is True  # There was nothing left to do.
+        with pytest.raises(RuntimeError, match="crashed"):
+            train(config, resume=True, console=Console(quiet=True))
     after = json.loads(summary.read_text())
     assert (after["finished"], after["step"]) == (False, 12)
