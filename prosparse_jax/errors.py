@@ -71,7 +71,9 @@ USER_ERRORS = (
 
 def may_pass(error: BaseException | None) -> bool:
     """Whether what fails for a moment is among the causes of `error`: the same command may succeed later."""
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # An error may be its own cause.
+        seen.append(error)
         number = error.errno if isinstance(error, OSError) else None
         if told := _TENSORSTORE_ERRNO.search(str(error)):
             number = int(told[1])

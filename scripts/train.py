@@ -43,7 +43,7 @@ def main() -> None:
     try:
         result = train(config, resume=arguments.resume)
     except OutOfMemoryError as error:
-        raise explained(error, config) from error
+        raise explained(error, config) from error.__cause__
     if not distributed.is_first():
         return
     if result.interrupted:

@@ -1,0 +1,38 @@
+"""Which errors are worth another try: those with something that fails for a moment among their causes."""
+
+import errno
+
+import pytest
+
+from prosparse_jax.errors import CheckpointError, ConfigError, DataError, TransientError, may_pass, needs_user
+
+
+def caused(error: Exception, cause: BaseException) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "passes", "mend"),
+    [
+        (ConfigError(["wrong"]), False, True),
+        (OSError(errno.ENOSPC, "full"), False, True),
+        (OSError(errno.EIO, "fails"), True, False),
+        (TransientError("late"), True, False),
+        (caused(DataError("unreadable"), OSError(errno.ESTALE, "stale")), True, False),
+        (caused(CheckpointError("unreadable"), caused(ValueError("a page"), OSError(errno.EIO, "fails"))), True, False),
+        (caused(CheckpointError("unreadable"), ValueError("UNKNOWN: read [os_error_code='5']")), True, False),
+        (caused(CheckpointError("full"), ValueError("UNKNOWN: write [os_error_code='28']")), False, True),
+        (caused(DataError("unreadable"), PermissionError(errno.EACCES, "no")), False, True),
+        (ZeroDivisionError("a defect"), False, False),
+    ],
+    ids=lambda value: "",
+)
+def test_what_may_pass_and_what_needs_the_user(error, passes, mend):
+    assert may_pass(error) == passes
+    assert needs_user(error) == mend
+
+
+def test_an_error_that_is_its_own_cause():
+    error = ConfigError(["wrong"])
+    assert not may_pass(caused(error, error))
